@@ -35,3 +35,11 @@ def load_pipeline(model: str, **kwargs: Any) -> Any:
     finally:
         diffusers.logging.set_verbosity(level)
     return pipeline
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plant":  # planting needs torch, which `import madit.zoo` must not load
+        from madit.zoo.planting import plant
+
+        return plant
+    raise AttributeError(f"module 'madit.zoo' has no attribute {name!r}")
