@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,28 +37,60 @@ class Call:
     rows: dict[str, slice]
 
 
+# A context variable and not a tracker's field, because several trackers can follow one pipeline (a recording inside a
+# guided run) and all must see the label.
+_FORCED: ContextVar[tuple[str, int | None] | None] = ContextVar("madit_branch", default=None)
+
+
+@contextmanager
+def branch(name: str, rows: int | None = None) -> Iterator[None]:
+    """Label the forwards made inside as `name`, for every tracker; they do not count towards the step's own calls.
+
+    Args:
+        name: one of `axes.BRANCHES`.
+        rows: their batch size, needed where they bypass the transformer's hooks.
+    """
+    token = _FORCED.set((name, rows))
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
 class CallTracker:
-    """Follows a pipeline's calls; `current` is the call under way (None outside a call)."""
+    """Follows a pipeline's calls; `current` is the call under way or the last one."""
 
     def __init__(self, pipeline: Any, family: Family):
         self.pipeline, self.family = pipeline, family
         self.step = self.count = self.in_step = 0
-        self.current: Call | None = None
-        self.forced_branch: str | None = None
+        self._call: Call | None = None
+        self._inner: Call | None = None  # the last call under a forced label
 
-    @contextmanager
-    def branch(self, name: str) -> Iterator[None]:
-        """Label the calls made inside as `name`; they do not count towards the step's own calls."""
-        outer, current, self.forced_branch = self.forced_branch, self.current, name
-        try:
-            yield
-        finally:
-            self.forced_branch, self.current = outer, current
+    def branch(self, name: str, rows: int | None = None) -> AbstractContextManager[None]:
+        """As `calls.branch`."""
+        return branch(name, rows)
+
+    @property
+    def forced_branch(self) -> str | None:
+        """The label that calls now get whatever they look like."""
+        forced = _FORCED.get()
+        return None if forced is None else forced[0]
+
+    @property
+    def current(self) -> Call | None:
+        """The call under way, or the last one; None before the first."""
+        forced = _FORCED.get()
+        if forced is None:
+            return self._call
+        name, rows = forced
+        if rows is not None and self._call is not None:
+            return replace(self._call, rows={name: slice(0, rows)})
+        return self._inner
 
     def restart(self) -> None:
         """Forget the run so far: the next call is the first of a new run."""
         self.step = self.count = self.in_step = 0
-        self.current = None
+        self._call = self._inner = None
 
     def label(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         """Label the call whose arguments these are."""
@@ -85,10 +118,13 @@ class CallTracker:
         return {"cond" if self.in_step == 0 else "uncond": slice(0, n)}
 
     def _before(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.current = self.label(args, kwargs)
-        if self.forced_branch is None:
-            self.count += 1
-            self.in_step += 1
+        call = self.label(args, kwargs)
+        if self.forced_branch is not None:
+            self._inner = call
+            return
+        self._call, self._inner = call, None
+        self.count += 1
+        self.in_step += 1
 
     def _stepped(self) -> None:
         self.step += 1
