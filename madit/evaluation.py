@@ -27,12 +27,12 @@ _BATCH = 256
 METRICS = {
     "high_band_power": ("luma power above 0.125 cycles/pixel", "grey levels²"),
     "noise_sigma": ("noise estimate", "grey levels"),
-    "log2_power_ratio": ("log₂ of high-band power over the reference", "log₂"),
-    "detail_distance": ("|log₂ power ratio| to the reference, 0 is equal", "log₂"),
+    "log2_power_ratio": ("log₂ of high-band power over the reference's", ""),
+    "detail_distance": ("detail: |log₂ power ratio| to the reference", ""),
     "excess_noise": ("noise estimate minus the reference's", "grey levels"),
     "layout_correlation": ("layout: luma correlation with the reference", ""),
     "layout_ssim": ("layout: SSIM with the reference", ""),
-    "accuracy": ("classifier accuracy", "share of pictures"),
+    "accuracy": ("classifier accuracy", ""),
 }
 """Name of each metric -> what it is, and its unit; also the attributes of the variables."""
 
@@ -267,6 +267,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _predict(model: Any, pictures: np.ndarray) -> dict[str, np.ndarray]:
+    outputs: list[Any]
     chunks = [pictures[i : i + _BATCH] for i in range(0, len(pictures), _BATCH)]
     if hasattr(model, "predict"):
         outputs = [model.predict(c if c.dtype == np.uint8 else np.rint(c * 255).astype(np.uint8)) for c in chunks]
@@ -306,7 +307,7 @@ def _differences(a: xr.Dataset, b: xr.Dataset, seed: int) -> xr.Dataset:
 
 def _add_unpaired(table: xr.Dataset, per_image: xr.Dataset, seed: int) -> None:
     """Put in the intervals that also resample the reference, and the distance of the means."""
-    sources = {
+    sources: dict[str, tuple[xr.DataArray, Any]] = {
         "log2_power_ratio": (per_image.log2_power_ratio + per_image.reference_log2_power.mean(), np.asarray),
         "excess_noise": (per_image.noise_sigma, np.asarray),
         "detail_distance": (per_image.log2_power_ratio + per_image.reference_log2_power.mean(), np.abs),
