@@ -1,0 +1,404 @@
+"""The `madit` command: each verb is the function of that name, its options the function's arguments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from madit import console
+from madit.errors import ConfigError
+from madit.progress import progress
+
+app = typer.Typer(
+    name="madit",
+    cls=console.Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Find the massive activations of a Diffusion Transformer, test what they do, and guide with them.\n\n"
+    "Example: madit demo --out out/demo",
+)
+export = typer.Typer(cls=console.Verbs, rich_markup_mode=None, help="Write results as documents.")
+app.add_typer(export, name="export")
+
+Model = Annotated[str, typer.Option("--model", help="Embedded model, diffusers folder or hub id.")]
+Store = Annotated[str, typer.Argument(help="A store that `madit record` wrote.")]
+Channels = Annotated[Path | None, typer.Option("--channels", help="Channel set (JSON) that `madit locate` wrote.")]
+Prompts = Annotated[list[str], typer.Option("--prompts", help="A .txt, .jsonl or .csv file, or a text; repeatable.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Seeds, like 0,1,2 or 0-3.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Denoising steps.")]
+Scale = Annotated[float | None, typer.Option("--guidance-scale", help="Classifier-free (Flux: embedded) guidance.")]
+PipeKwargs = Annotated[str | None, typer.Option("--pipe-kwargs", help='JSON for the pipeline: {"height": 512}.')]
+Device = Annotated[str | None, typer.Option("--device", help="Torch device; default: CUDA where there is one.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Torch dtype to load in, like bfloat16.")]
+Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="File to write; without it only a table is printed.")]
+Json = Annotated[str | None, typer.Option(help="JSON object.")]
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given: what was not is left to the function's own default."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _tree(store: str) -> Any:
+    from madit.store import open_run
+
+    return open_run(store)
+
+
+def _channel_set(path: Path | None, store: str | None = None) -> Any:
+    from madit.channels import ChannelSet
+    from madit.location import locate as find
+
+    if (path is None) == (store is None):
+        raise ConfigError("expected either --channels FILE or --store STORE, got both or neither")
+    return ChannelSet.load(path) if path is not None else find(_tree(str(store)))
+
+
+@app.command()
+def demo(out: Out = Path("out/demo")) -> None:
+    """Run the whole flow on the embedded models; HTML report.
+
+    Example: madit demo --out out/demo
+    """
+    from madit.workflows.demo import demo as run
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    run(out)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Embedded model, diffusers folder or hub id.")],
+    prompt: Annotated[str, typer.Option(help="Prompt to run.")] = "a red circle",
+    pipe_kwargs: PipeKwargs = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Check by behaviour that madit reads a model rightly.
+
+    Exit code 1 if it does not.
+
+    Example: madit doctor shapes
+    """
+    from madit.workflows import doctor as workflow
+
+    dit = console.load(model, device, dtype)
+    checks = workflow.doctor(dit, prompt, pipe_kwargs=console.mapping(pipe_kwargs, "--pipe-kwargs"))
+    console.table(repr(dit), ("block", "module", "kind", "sites"), workflow.site_table(dit))
+    console.table("checks", ("check", "result", "detail"), [(c.name, c.verdict, c.detail) for c in checks])
+    if not all(c.passed for c in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def sites(model: Annotated[str, typer.Argument(help="Embedded model, diffusers folder or hub id.")]) -> None:
+    """List the names of a model's sites in forward order.
+
+    Example: madit sites shapes
+    """
+    typer.echo("\n".join(console.load(model).sites()))
+
+
+@app.command()
+def record(
+    model: Model,
+    prompts: Prompts,
+    store: Annotated[str, typer.Option("--store", help="Store to write.")],
+    seeds: Seeds = "0",
+    num_inference_steps: Steps = None,
+    guidance_scale: Scale = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples in a batch.")] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="Site names, separated by commas; `madit sites` lists them.")
+    ] = None,
+    values: Annotated[Literal["statistics", "raw", "both"], typer.Option(help="What to keep.")] = "statistics",
+    design: Annotated[
+        Literal["matched", "label"] | None,
+        typer.Option(help="Record a factorial design for `madit attribute` instead."),
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help='JSON, with --design: {"latent": 8, "timestep": 6}.')] = None,
+    pipe_kwargs: PipeKwargs = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Record activations into a store.
+
+    Of whole denoising runs, or with --design of a factorial design of the inputs.
+
+    Example: madit record --model shapes --prompts "a red circle" --seeds 0-3 --store run.zarr
+    """
+    from madit import recording
+
+    texts = console.prompts_of(prompts)
+    numbers = console.integers(seeds, "--seeds") or [0]
+    extra = console.mapping(pipe_kwargs, "--pipe-kwargs")
+    wanted = None if sites is None else [site.strip() for site in sites.split(",")]
+    counts = console.mapping(levels, "--levels") or None
+    if design is None and counts:
+        raise ConfigError("expected --levels together with --design, got it alone")
+    dit = console.load(model, device, dtype)
+    if design is None:
+        run = _given(
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size, sites=wanted
+        )
+        recording.record(dit, texts, store=store, seeds=numbers, values=values, pipe_kwargs=extra, **run)
+    else:
+        run = _given(levels=counts)
+        recording.record_factorial(dit, texts, store=store, design=design, seed=numbers[0], pipe_kwargs=extra, **run)
+    typer.echo(store)
+
+
+@app.command()
+def locate(
+    store: Store,
+    ratio: Annotated[
+        float | None, typer.Option(help="Multiple of the median magnitude that counts as massive.")
+    ] = None,
+    coverage: Annotated[float | None, typer.Option(help="Share of tokens that must exceed it.")] = None,
+    persistence: Annotated[float | None, typer.Option(help="Share of samples that must pass.")] = None,
+    step_share: Annotated[float | None, typer.Option(help="Share of steps at which they must.")] = None,
+    criterion: Annotated[Literal["ratio", "sun"] | None, typer.Option(help="Which definition.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Take this many channels a block instead.")] = None,
+    stream: Annotated[Literal["img", "txt"] | None, typer.Option(help="Which stream.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Which branch decides.")] = None,
+    out: OutFile = None,
+) -> None:
+    """Find the massive channels of a run, block by block.
+
+    Example: madit locate run.zarr --ratio 100 --out channels.json
+    """
+    from madit import location
+
+    chosen = _given(
+        ratio=ratio, coverage=coverage, persistence=persistence, step_share=step_share, criterion=criterion,
+        top_k=top_k, stream=stream, branch=branch,
+    )  # fmt: skip
+    channels = location.locate(_tree(store), **chosen)
+    shown = ("block", "stream", "channel", "ratio", "ratio_low", "ratio_high", "coverage", "constancy", "persistence")
+    console.table("massive channels", shown, [[getattr(e, name) for name in shown] for e in channels.entries])
+    typer.echo(location.summary(channels))
+    if out is not None:
+        typer.echo(channels.save(console.ready(out)))
+
+
+@app.command()
+def attribute(
+    store: Store,
+    channels: Channels = None,
+    seed: Annotated[int | None, typer.Option(help="Of the bootstrap.")] = None,
+    out: OutFile = None,
+) -> None:
+    """Say which inputs drive the massive channels.
+
+    First-order and total Sobol indices over a factorial store.
+
+    Example: madit attribute factorial.zarr --channels channels.json --out effects.csv
+    """
+    from madit import attribution
+
+    if channels is None:
+        raise ConfigError("expected --channels FILE, got none; `madit locate RUN --out channels.json` writes one")
+    effects = attribution.attribute(_tree(store), _channel_set(channels), **_given(seed=seed))
+    frame = effects.to_dataframe().dropna(how="all", subset=["first_order", "total"]).reset_index()
+    shown = [c for c in ("block", "channel", "factor", "first_order", "first_order_low", "first_order_high", "total",
+                         "total_low", "total_high") if c in frame]  # fmt: skip
+    console.table("Sobol indices", shown, frame[shown].itertuples(index=False))
+    if out is not None:
+        frame.to_csv(console.ready(out), index=False)
+        typer.echo(out)
+
+
+@app.command()
+def intervene(
+    model: Model,
+    prompts: Prompts,
+    blocks: Annotated[str, typer.Option(help="Blocks whose incoming state is edited, like 4 or 4,6-8.")],
+    channels: Channels = None,
+    store: Annotated[str | None, typer.Option("--store", help="Or a run to locate the channels in.")] = None,
+    seeds: Seeds = "0",
+    mode: Annotated[Literal["scale", "mean"] | None, typer.Option(help="Scale, or set to the recorded mean.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Factor of mode scale; 0 is zeroing.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to edit, like 0-9; default all.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch to edit: all, cond or uncond.")] = None,
+    stream: Annotated[Literal["img", "txt"] | None, typer.Option(help="Stream to edit.")] = None,
+    layernorm: Annotated[Literal["live", "frozen"] | None, typer.Option(help="LayerNorms after the edit.")] = None,
+    control: Annotated[
+        Literal["random", "norm_matched", "all_blocks"] | None, typer.Option(help="Edit a control instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which draw of the control.")] = 0,
+    num_inference_steps: Steps = None,
+    guidance_scale: Scale = None,
+    pipe_kwargs: PipeKwargs = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("out/intervene"),
+) -> None:
+    """Draw with and without an edit of massive channels.
+
+    Example: madit intervene --model shapes-detail --channels channels.json --blocks 2 --prompts "a red circle"
+    """
+    from madit import intervention
+    from madit.evaluation import compare
+    from madit.workflows.generate import generate as draw
+
+    texts = console.prompts_of(prompts)
+    edit = _given(mode=mode, factor=factor, branch=branch, stream=stream, layernorm=layernorm)
+    edit |= _given(steps=console.integers(steps, "--steps"), blocks=console.integers(blocks, "--blocks"))
+    run = _given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    run |= console.mapping(pipe_kwargs, "--pipe-kwargs")
+    chosen = _channel_set(channels, store)
+    if control is not None:
+        chosen = intervention.controls(chosen, kind=control, seed=seed)
+        edit |= {"mode": "add"} if control == "norm_matched" else {}
+    dit = console.load(model, device, dtype)
+    numbers = console.integers(seeds, "--seeds") or [0]
+    with progress("pictures", 2 * len(texts) * len(numbers)) as tick:
+        clean = draw(dit, texts, numbers, out / "clean", run, tick)
+        with intervention.intervene(dit, chosen, **edit):
+            edited = draw(dit, texts, numbers, out / "edited", run, tick)
+    _print_metrics(compare({"clean": clean, "edited": edited}, reference=clean, baseline="clean"))
+    typer.echo(out)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Model,
+    guidance: Annotated[Path | None, typer.Option("--guidance", help="Guidance config (JSON) to draw with.")] = None,
+    seeds: Seeds = "0",
+    num_inference_steps: Steps = None,
+    guidance_scale: Scale = None,
+    pipe_kwargs: PipeKwargs = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("out/generate"),
+) -> None:
+    """Draw a prompt, with Detail Guidance if asked.
+
+    Example: madit generate "a large red circle" --model shapes --guidance dg.json --out out/generate
+    """
+    from contextlib import nullcontext
+
+    from madit.configs import GuidanceConfig
+    from madit.guidance import guide
+    from madit.workflows.generate import generate as draw
+
+    config = None if guidance is None else GuidanceConfig.load(guidance)
+    run = _given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    run |= console.mapping(pipe_kwargs, "--pipe-kwargs")
+    numbers = console.integers(seeds, "--seeds") or [0]
+    dit = console.load(model, device, dtype)
+    guided = nullcontext() if config is None else guide(dit, config)
+    with guided, progress("pictures", len(numbers)) as tick:
+        draw(dit, [prompt], numbers, out, run, tick)
+    typer.echo(out)
+
+
+@app.command()
+def evaluate(
+    images: Annotated[Path, typer.Option(help="Folder of pictures.")],
+    reference: Annotated[Path | None, typer.Option(help="Folder of pictures to compare with.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the bootstrap.")] = None,
+    out: OutFile = None,
+) -> None:
+    """Measure detail, noise and layout of pictures.
+
+    Example: madit evaluate --images out/edited --reference out/clean --out metrics.csv
+    """
+    from madit import evaluation
+
+    metrics = evaluation.evaluate(images, reference=reference, **_given(seed=seed))
+    _print_metrics(metrics)
+    if out is not None:
+        metrics.to_pandas().to_csv(console.ready(out), header=False)
+        typer.echo(out)
+
+
+@app.command()
+def report(
+    store: Store,
+    channels: Channels = None,
+    out: Out = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about a run.
+
+    Example: madit report run.zarr --channels channels.json --out report.html
+    """
+    from madit.workflows.report import report as write
+
+    write(store, out=console.ready(out), channels=None if channels is None else _channel_set(channels))
+    typer.echo(out)
+
+
+@export.command("channels")
+def export_channels(
+    out: Annotated[Path, typer.Option("--out", help="A .json (channel set) or .csv (evidence table).")],
+    store: Annotated[str | None, typer.Option("--store", help="A run to locate them in.")] = None,
+    channels: Channels = None,
+) -> None:
+    """Write massive channels as JSON, or their evidence as a table.
+
+    Example: madit export channels --store run.zarr --out channels.csv
+    """
+    chosen = _channel_set(channels, store)
+    if out.suffix == ".csv":
+        chosen.to_dataset().to_dataframe().to_csv(console.ready(out), index=False)
+    elif out.suffix == ".json":
+        chosen.save(console.ready(out))
+    else:
+        raise ConfigError(f"expected --out to end in .json or .csv, got {out}")
+    typer.echo(out)
+
+
+@export.command("guidance")
+def export_guidance(
+    block: Annotated[int, typer.Option(help="Block whose incoming state is edited in the degraded branch.")],
+    scale: Annotated[float, typer.Option(help="w of the guidance; 0 is none.")],
+    out: Annotated[Path, typer.Option("--out", help="A .json, or a folder for a guider of modular pipelines.")],
+    store: Annotated[str | None, typer.Option("--store", help="A run to locate the channels in.")] = None,
+    channels: Channels = None,
+    factor: Annotated[float | None, typer.Option(help="Factor of the channels in the degraded branch.")] = None,
+    mode: Annotated[Literal["scale", "mean"] | None, typer.Option(help="Scale, or set to the recorded mean.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to guide, like 0-9; default all.")] = None,
+) -> None:
+    """Write a Detail Guidance config (JSON), or a guider's folder for diffusers' modular pipelines.
+
+    Example: madit export guidance --channels channels.json --block 2 --scale 0.25 --out dg.json
+    """
+    from madit.configs import GuidanceConfig
+
+    chosen = _given(factor=factor, mode=mode, steps=console.integers(steps, "--steps"))
+    config = GuidanceConfig.from_channels(_channel_set(channels, store), block=block, scale=scale, **chosen)
+    if out.suffix == ".json":
+        config.save(console.ready(out))
+    else:
+        from madit.guider import DetailGuidance
+
+        DetailGuidance.from_config(config).save_pretrained(out)
+    typer.echo(out)
+
+
+def _print_metrics(table: Any) -> None:
+    from madit.evaluation import METRICS
+
+    conditions = [str(c) for c in table.condition.values] if "condition" in table.dims else [""]
+    rows = []
+    for condition in conditions:
+        of = table.sel(condition=condition) if condition else table
+        rows += [
+            (condition, METRICS[name][0], float(of[name]), float(of[f"{name}_low"]), float(of[f"{name}_high"]))
+            for name in METRICS
+            if name in of and of[name].ndim == 0
+        ]
+    console.table("metrics", ("", "metric", "mean", "low", "high"), rows)
