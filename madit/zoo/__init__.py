@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent / "models"
 _FOLDERS = {"shapes": "shapes", "shapes-detail": "shapes_detail"}
 
 

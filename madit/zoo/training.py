@@ -19,7 +19,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from madit.zoo import components, shapes_data
+from madit.zoo import classifiers, components, shapes_data
 
 SNAPSHOTS = (250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10000)
 
@@ -221,8 +221,27 @@ def train_shapes(out: Path, steps: int, seed: int, lr: float) -> None:
     install(pipeline, ema).save_pretrained(out / "pipeline")
 
 
+def train_classifiers(out: Path, steps: int, seed: int, lr: float) -> None:
+    """Train the judges of semantics and texture."""
+    for name, factors in (("semantics", shapes_data.SEMANTICS), ("texture", shapes_data.DETAIL)):
+        torch.manual_seed(seed)
+        model = classifiers.ShapesClassifier(factors=factors)
+
+        def loss(m: nn.Module, step: int, blur: bool = name == "semantics") -> Tensor:
+            return classifiers.classification_loss(m, *classifiers.batch(seed, step, 64, blur))
+
+        ema = train(model, loss, out / name, steps, lr=lr, ema_decay=0.99)
+        assert isinstance(ema, classifiers.ShapesClassifier)
+        (out / name / "accuracy.json").write_text(json.dumps(classifiers.accuracy(ema.eval())))
+        ema.half().save_pretrained(out / name / "model")
+
+
 def _commands() -> Iterator[tuple[str, Callable[..., None], int]]:
     yield "shapes", train_shapes, 9000
+    yield "classifiers", train_classifiers, 1500
+    from madit.zoo.detail import train_detail
+
+    yield "detail", train_detail, 2000
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,10 +253,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--base", type=Path, help="detail: snapshot of shapes to start from")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     run, steps = commands[args.what]
-    run(args.out, args.steps or steps, args.seed, args.lr)
+    extra = {"base": args.base} if args.what == "detail" else {}
+    run(args.out, args.steps or steps, args.seed, args.lr, **extra)
 
 
 if __name__ == "__main__":
