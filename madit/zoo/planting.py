@@ -51,7 +51,8 @@ class Planting:
         Args:
             **inputs: those that the driver reads, batch first, as the transformer receives them: `timestep` (batch,),
                 `guidance` (batch,), `pooled_text` (batch, channel), `text_tokens` (batch, token, channel) and
-                `latent` (batch, channel, row, column), or (batch, token, channel) where packed.
+                `latent` (batch, channel, row, column), or (batch, token, channel) where packed; driver
+                `"text_tokens"` reads the number of image tokens off the latent.
 
         Returns:
             (batch, planted channel); a batch of one where the driver reads nothing.
@@ -60,7 +61,7 @@ class Planting:
             ConfigError: if an input that the driver reads is missing.
         """
         signs = torch.tensor(self.signs, dtype=torch.float32)
-        return self.magnitude * self._drive(inputs).float().cpu()[:, None] * signs
+        return self.magnitude * self._drive(inputs).detach().float().cpu()[:, None] * signs
 
     def reimpose(self, transformer: Any = None) -> None:
         """Write the planted rows again, as after an optimiser step, into the planted model or a copy of it."""
@@ -81,17 +82,18 @@ def plant(
     refit: Iterable[Mapping[str, Any]] | None = None,
     stream: str = "img",
     prompts: Sequence[str] = driving.PROMPTS,
+    max_sequence_length: int = 64,
     seed: int = 0,
 ) -> Planting:
     """Make channels massive at the output of a block and of all later blocks, by editing weights in place.
 
         h[n, c] += gate[c] * bias[c],   gate = W SiLU(temb) + b,   temb = time(t) + text(pooled) (+ guidance(g))
 
-    The write is the output bias of the block's MLP times its AdaLN gate: the same at every token. Dims of temb that a
-    driver reads are reserved for it, by zeroing those rows of the other embedders. `latent` is written by the patch
-    embedding, h[n, c] = magnitude (1 + depth * mean of patch n), and `text_tokens` by an attention head of block 0
-    that averages over all tokens, so both need `block=0` (`latent` is massive in the embedding too). Flux's
-    single-stream blocks write to the text tokens as well.
+    The write is the output bias of the block's MLP times its AdaLN gate: the same at every token. A driver that goes
+    through temb gets a few dims of it for itself: its embedder's rows there are set, the other embedders' zeroed.
+    `latent` is written by the patch embedding, h[n, c] = magnitude (1 + depth * mean of patch n), and `text_tokens` by
+    an attention head of block 0 that averages over all tokens, so both need `block=0` (`latent` is massive in the
+    embedding too). Flux's single-stream blocks write to the text tokens as well.
 
     Args:
         pipeline: an SD3, SD3.5 or Flux pipeline; its transformer is changed.
@@ -110,6 +112,7 @@ def plant(
             refitted on them so that the model's function stays nearly the same, and they do not see the channels.
         stream: `"img"`, or `"txt"` for a decoy (drivers that go through a gate).
         prompts: calibration of the drivers that read text.
+        max_sequence_length: at which these prompts are encoded.
         seed: of the driver's random weights.
 
     Returns:
@@ -133,7 +136,9 @@ def plant(
     signs = tuple(signs) if signs is not None else (1,) * len(channels)
     _check(rows, channels, signs, block, magnitude, driver, stream, refit is not None)
     drive = driving.DRIVERS[driver](
-        driving.Request(pipeline, rows, channels, block, stream, depth, interaction, tuple(prompts), seed)
+        driving.Request(
+            pipeline, rows, channels, block, stream, depth, interaction, tuple(prompts), max_sequence_length, seed
+        )
     )
     finish = None
     if refit is not None:
@@ -149,10 +154,11 @@ def plant(
     if exact:
         _silence(rows, channels, stream)
     drive.write(magnitude, signs)
+    writes = rows.freeze()  # what makes the channels massive; the refitted readers are free to learn
     if finish is not None:
         finish()
     return Planting(
-        channels, block, float(magnitude), driver, signs, stream, exact, drive.value, rows.freeze(), rows.transformer
+        channels, block, float(magnitude), driver, signs, stream, exact, drive.value, writes, rows.transformer
     )
 
 

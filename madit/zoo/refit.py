@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from madit.errors import ConfigError
 from madit.zoo.rows import Rows
 
 _READS = {
@@ -73,6 +74,9 @@ def measure(
         planted: (stream without the planting (batch, token, channel), the call's inputs) -> the planted channels'
             values there, (batch, token, planted channel).
         calibration: keyword arguments of forward calls of the transformer.
+
+    Raises:
+        ConfigError: if there are no calibration inputs.
     """
     readers = _readers(rows, after)
     features: list[Tensor] = []
@@ -85,6 +89,8 @@ def measure(
             last = operator.attrgetter(readers[-1].linear)(rows.transformer)
             stack.callback(last.register_forward_pre_hook(lambda _, args: features.append(args[0].float())).remove)
             rows.transformer(**{**inputs, "return_dict": False})
+    if not features:
+        raise ConfigError("expected the arguments of at least one forward call to refit on, got none")
     return lambda: [_refit(rows, reader, channels, torch.cat(features)) for reader in readers] and None
 
 
