@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -173,26 +174,25 @@ def create(
     files.write(_CREATING, b"{}")  # until it is gone, the store is rubble of ours that may be cleared away
     root = zarr.open_group(str(path), mode="a", zarr_format=3)
     for group in groups:
-        dataset = xr.Dataset(
-            {
-                name: (a.dims, da.full(a.shape, a.fill, dtype=a.dtype, chunks=(1, *a.shape[1:])), dict(a.attrs))
-                for name, a in group.arrays.items()
-            },
-            coords={name: (dims, _storable(values)) for name, (dims, values) in group.coords.items()},
-            attrs=dict(group.attrs),
-        )
-        encoding = {
-            name: {
-                "chunks": a.chunks(),
-                "shards": (1, *a.shape[1:]),
-                "fill_value": np.dtype(a.dtype).type(a.fill),
-                "compressors": ZstdCodec(level=1, checksum=True),
-            }
-            for name, a in group.arrays.items()
-        }
-        dataset.to_zarr(
-            root.store, group=group.path, mode="a", zarr_format=3, consolidated=False, encoding=encoding, compute=False
-        )
+        node = root.create_group(group.path, attributes={**group.attrs, "coordinates": " ".join(group.coords)})
+        for name, array in group.arrays.items():
+            unit, chunk = (1, *array.shape[1:]), array.chunks()
+            node.create_array(
+                name,
+                shape=array.shape,
+                dtype=array.dtype,
+                chunks=chunk,
+                shards=None if chunk == unit else unit,
+                fill_value=array.fill,
+                compressors=ZstdCodec(level=1, checksum=True),
+                attributes=dict(array.attrs),
+                dimension_names=array.dims,
+            )
+        for name, (dims, values) in group.coords.items():
+            values = np.asarray(values)
+            text = values.dtype.kind in "UO"  # fixed-width strings are not in zarr v3
+            shape, dtype = values.shape, str if text else values.dtype
+            node.create_array(name, shape=shape, dtype=dtype, dimension_names=dims)[...] = values.astype(object) if text else values
     about = {"kind": kind, "settings": json.dumps(settings), "groups": [g.path for g in groups], "complete": False}
     root.attrs.update({"format_version": FORMAT_VERSION, **about, **attrs})
     _consolidate(root)
@@ -253,7 +253,8 @@ def open_run(path: str | Path) -> xr.DataTree:
         warnings.warn(
             f"{path} holds an unfinished run: `recorded` says what is there; record again to resume", stacklevel=2
         )
-    tree = {group: _open_group(source, group) for group in attrs["groups"]}
+    root = zarr.open_group(source, mode="r")
+    tree = {group: _open_group(root[group], group) for group in attrs["groups"]}
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **tree})
 
 
@@ -314,18 +315,21 @@ def _attributes(source: Any, path: str | Path) -> dict[str, Any]:
     return attrs
 
 
-def _open_group(source: Any, group: str) -> xr.Dataset:
-    dataset = xr.open_dataset(source, engine="zarr", group=group, chunks=None)
-    dataset = dataset.assign_coords(
-        {n: c.astype(object) for n, c in dataset.coords.items() if c.dtype.kind in "TUS"}  # plain str, as in numpy 1
-    )
-    for name, variable in dataset.data_vars.items():
-        shards = variable.encoding.get("shards") or variable.encoding["chunks"]
-        lazy = variable.chunk(dict(zip(variable.dims, shards, strict=True)))
-        if lazy.attrs.get("torch_dtype") == "bfloat16":
-            lazy = lazy.copy(data=lazy.data.map_blocks(decode_bf16, dtype=np.float32))
-        dataset[name] = lazy
-    return dataset
+def _open_group(group: zarr.Group, path: str) -> xr.Dataset:
+    attrs, coords, data = dict(group.attrs), {}, {}
+    names = attrs.pop("coordinates", "").split()
+    for name, array in group.arrays():
+        dims = array.metadata.dimension_names
+        if name in names:
+            values = np.asarray(array[...])
+            coords[name] = (dims, values.astype(object) if values.dtype.kind == "T" else values)  # plain str
+            continue
+        # a name of its own: Dask would otherwise hash the store
+        lazy = da.from_array(array, chunks=array.shards or array.chunks, name=f"{path}/{name}-{uuid.uuid4().hex}")
+        if array.attrs.get("torch_dtype") == "bfloat16":
+            lazy = lazy.map_blocks(decode_bf16, dtype=np.float32)
+        data[name] = (dims, lazy, dict(array.attrs))
+    return xr.Dataset(data, coords=coords, attrs=attrs)
 
 
 def decode_bf16(bits: np.ndarray) -> np.ndarray:
@@ -342,11 +346,6 @@ def _consolidate(root: zarr.Group) -> None:
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         warnings.filterwarnings("ignore", message=f"Object at {MARKERS} is not recognized")
         zarr.consolidate_metadata(root.store)
-
-
-def _storable(values: Any) -> Any:
-    values = np.asarray(values)
-    return values.astype(object) if values.dtype.kind in "US" else values  # fixed-width strings are not in zarr v3
 
 
 def _short(value: Any) -> str:
