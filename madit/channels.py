@@ -57,7 +57,7 @@ class Record(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode() or cls.__name__
             raise ConfigError(f"expected a valid {cls.__name__} in {source}: {where}: {first['msg']}") from None
 
     def replace(self, **changes: Any):
