@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
-from scipy.stats import bootstrap
 
 from madit.axes import BLOCK, BRANCH, CHANNEL, QUANTILE, SAMPLE, STEP
 from madit.channels import ChannelEntry, ChannelSet
@@ -50,7 +50,8 @@ def locate(
         persistence: share of samples that must pass, 0 to 1.
         step_share: share of the recorded steps at which they must, 0 to 1: a channel may follow the timestep.
         criterion: `"ratio"`, or `"sun"`: |h| > 100 and >= 1000 medians at the same coverage (`ratio` is not used).
-        top_k: instead of the criterion take this many channels per block by ratio, marked so; positional ones not.
+        top_k: instead of the criterion take this many channels per block, marked so: the largest by the ratio that a
+            share `coverage` of the tokens reaches, among those whose |mean| is above their deviation over tokens.
         stream: `"img"` or `"txt"`.
         branch: which of the run's branches decides.
         seed: of the bootstrap over samples.
@@ -74,10 +75,9 @@ def locate(
     _check(ratio, coverage, persistence, step_share, criterion, top_k)
     tree = as_tree(tree)
     cells = profile(tree, ratio, coverage, criterion, stream, branch)
-    if top_k is None:
-        chosen, steps, positional = _massive(cells, persistence, step_share)
-    else:
-        chosen, steps, positional = _largest_channels(cells, top_k)
+    chosen, steps, positional = _massive(cells, persistence, step_share)
+    if top_k is not None:
+        chosen, steps = _largest_channels(cells, top_k)
     details = _gather(cells, chosen)
     rules = {"criterion": criterion, "ratio": ratio, "coverage": coverage, "persistence": persistence}
     rules |= {"step_share": step_share, "stream": stream, "branch": branch, "seed": seed, "top_k": top_k}
@@ -218,16 +218,16 @@ def _massive(cells: xr.Dataset, persistence: float, step_share: float) -> tuple[
     return pairs["passes"], steps, [p for p in pairs["positional"] if p not in massive]
 
 
-def _largest_channels(cells: xr.Dataset, top_k: int) -> tuple[Pairs, xr.DataArray, Pairs]:
-    """The `top_k` channels of each block by median ratio that are not positional; every recorded step is theirs."""
+def _largest_channels(cells: xr.Dataset, top_k: int) -> tuple[Pairs, xr.DataArray]:
+    """The `top_k` channels of each block by median ratio at coverage that are not positional; every recorded step is theirs."""
     pairs: Pairs = []
     for block in range(cells.sizes[BLOCK]):
-        medians = cells[["ratio", "constancy"]].isel({BLOCK: block}).compute().median([SAMPLE, STEP])
-        score = medians["ratio"].where(medians["constancy"] >= 1, -np.inf).values
+        medians = cells[["ratio_at_coverage", "constancy"]].isel({BLOCK: block}).compute().median([SAMPLE, STEP])
+        score = medians["ratio_at_coverage"].where(medians["constancy"] >= 1, -np.inf).values
         best = np.argsort(-score, kind="stable")[:top_k]
         pairs += [(block, int(c)) for c in best if np.isfinite(score[c])]
     steps = cells["recorded"].any(SAMPLE).compute().expand_dims({ENTRY: len(pairs)})
-    return pairs, steps, []
+    return pairs, steps
 
 
 def _index(pairs: Pairs) -> dict[str, xr.DataArray]:
@@ -261,8 +261,8 @@ def _entry(cell: xr.Dataset, steps: np.ndarray, stream: str, seed: int, everywhe
     passed = cell["passes"].where(eligible).mean(STEP).values
     ratios = cell["ratio"].where(inside).values
     sigma = _sigma(cell)[steps]
-    ratio_low, ratio_high = _interval(lambda i: np.nanmedian(ratios[i], axis=(-2, -1)), len(ratios), seed)
-    low, high = _interval(lambda i: np.nanmean(passed[i], axis=-1), len(passed), seed)
+    ratio_low, ratio_high = _interval(lambda i: np.nanmedian(ratios[i], axis=(1, 2)), np.isfinite(ratios).any(1), seed)
+    low, high = _interval(lambda i: np.nanmean(passed[i], axis=1), np.isfinite(passed), seed)
     return ChannelEntry(
         block=int(cell[BLOCK]),
         stream=stream,  # type: ignore[arg-type]
@@ -279,20 +279,19 @@ def _entry(cell: xr.Dataset, steps: np.ndarray, stream: str, seed: int, everywhe
     )
 
 
-def _interval(statistic: Any, n: int, seed: int) -> tuple[float | None, float | None]:
-    """95 % percentile interval of a statistic of sample indices (..., n) -> (...); none for a single sample."""
-    if n < 2:
+def _interval(statistic: Callable, counts: np.ndarray, seed: int) -> tuple[float | None, float | None]:
+    """95 % percentile bootstrap interval of a statistic of sample indices (draw, sample) -> (draw,).
+
+    `counts` says which samples have a value: a draw without any has no statistic. None for a single sample.
+    """
+    if len(counts) < 2:
         return None, None
-    result = bootstrap(
-        (np.arange(n),),
-        lambda index, axis: statistic(index),
-        n_resamples=N_BOOT,
-        batch=max(1, 10**6 // n),
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    draws = np.random.default_rng(seed).integers(0, len(counts), (N_BOOT, len(counts)))
+    draws = draws[counts[draws].any(axis=1)]
+    size = max(1, 10**6 // len(counts))
+    values = np.concatenate([statistic(draws[i : i + size]) for i in range(0, len(draws), size)])
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _sigma(cells: xr.Dataset) -> np.ndarray:

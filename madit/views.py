@@ -186,7 +186,7 @@ def channel_means(tree: xr.DataTree, stream: str, where: dict[str, xr.DataArray]
     """Mean of h over tokens at the labels `where`, for every branch: lazy, NaN where nothing was recorded."""
     if has(tree, f"/statistics/{stream}"):
         data = tree[f"/statistics/{stream}"].to_dataset()
-        return data["mean"].where(recorded(data)).sel(where)
+        return data["mean"].sel(where).astype(np.float64).where(recorded(data))
     data = group(tree, f"/activations/{stream}")
     h = data["activation"].sel(where).astype(np.float64)
     h = h.where(data["token_valid"].astype(bool)) if "token_valid" in data else h
