@@ -75,23 +75,20 @@ def locate(
     _check(ratio, coverage, persistence, step_share, criterion, top_k)
     tree = as_tree(tree)
     cells = profile(tree, ratio, coverage, criterion, stream, branch)
-    chosen, steps, positional = _massive(cells, persistence, step_share)
+    details, steps, positional = _massive(cells, persistence, step_share)
     if top_k is not None:
-        chosen, steps = _largest_channels(cells, top_k)
-    details = _gather(cells, chosen)
+        details, steps = _largest(cells, top_k)
     rules = {"criterion": criterion, "ratio": ratio, "coverage": coverage, "persistence": persistence}
     rules |= {"step_share": step_share, "stream": stream, "branch": branch, "seed": seed, "top_k": top_k}
     if criterion == "sun":
         rules |= {"ratio": SUN_RATIO, "magnitude": SUN_MAGNITUDE}
     if top_k is not None:
         rules["note"] = f"the {top_k} largest channels of each block, asked for by name: not tested against the ratio"
-    kept = _not_positional(details, steps, everywhere=top_k is not None)
     entries = [
-        _entry(details.isel({ENTRY: i}), steps.isel({ENTRY: i}).values, stream, seed, top_k is not None)
-        for i in np.flatnonzero(kept)
+        _entry(details.isel({ENTRY: i}), steps.values[i], stream, seed, top_k is not None)
+        for i in range(details.sizes[ENTRY])
     ]
     means = _means(tree, stream, entries)
-    positional = sorted({*positional, *(pair for pair, keep in zip(chosen, kept, strict=True) if not keep)})
     return ChannelSet(
         model=fingerprint(tree),
         n_blocks=n_blocks(tree),
@@ -203,8 +200,8 @@ Pairs = list[tuple[int, int]]
 """(position of the block, position of the channel) in the tree's own order."""
 
 
-def _massive(cells: xr.Dataset, persistence: float, step_share: float) -> tuple[Pairs, xr.DataArray, Pairs]:
-    """Pairs that pass, the steps at which each does (entry, step), and pairs that are persistently positional."""
+def _massive(cells: xr.Dataset, persistence: float, step_share: float) -> tuple[xr.Dataset, xr.DataArray, Pairs]:
+    """Cells of the massive channels, the steps at which each is (entry, step), and the positional pairs."""
     counts = xr.Dataset(
         {"n": cells["recorded"].sum(SAMPLE)} | {k: cells[k].sum(SAMPLE) for k in ("passes", "positional")}
     ).compute()  # one pass over the store: what is kept has no sample dimension
@@ -214,12 +211,16 @@ def _massive(cells: xr.Dataset, persistence: float, step_share: float) -> tuple[
     enough = (holds.sum(STEP) >= step_share * n_steps - 1e-9) & holds.any(STEP)
     pairs = {k: [(int(b), int(c)) for b, c in np.argwhere(enough[k].values)] for k in ("passes", "positional")}
     steps = holds["passes"].isel(_index(pairs["passes"])).transpose(ENTRY, STEP)
-    massive = set(pairs["passes"])
-    return pairs["passes"], steps, [p for p in pairs["positional"] if p not in massive]
+    details = _gather(cells, pairs["passes"])
+    inside = details["recorded"] & details["passes"] & steps
+    keep = (details["constancy"].where(inside).median([SAMPLE, STEP]) >= 1).values.reshape(-1)
+    massive = {pair for pair, kept in zip(pairs["passes"], keep, strict=True) if kept}
+    positional = sorted({*pairs["passes"], *pairs["positional"]} - massive)
+    return details.isel({ENTRY: keep}), steps.isel({ENTRY: keep}), positional
 
 
-def _largest_channels(cells: xr.Dataset, top_k: int) -> tuple[Pairs, xr.DataArray]:
-    """The `top_k` channels of each block by median ratio at coverage that are not positional; every recorded step is theirs."""
+def _largest(cells: xr.Dataset, top_k: int) -> tuple[xr.Dataset, xr.DataArray]:
+    """Cells of each block's `top_k` largest channels that hold over tokens; every recorded step is theirs."""
     pairs: Pairs = []
     for block in range(cells.sizes[BLOCK]):
         medians = cells[["ratio_at_coverage", "constancy"]].isel({BLOCK: block}).compute().median([SAMPLE, STEP])
@@ -227,7 +228,7 @@ def _largest_channels(cells: xr.Dataset, top_k: int) -> tuple[Pairs, xr.DataArra
         best = np.argsort(-score, kind="stable")[:top_k]
         pairs += [(block, int(c)) for c in best if np.isfinite(score[c])]
     steps = cells["recorded"].any(SAMPLE).compute().expand_dims({ENTRY: len(pairs)})
-    return pairs, steps
+    return _gather(cells, pairs), steps
 
 
 def _index(pairs: Pairs) -> dict[str, xr.DataArray]:
@@ -240,24 +241,12 @@ def _gather(cells: xr.Dataset, pairs: Pairs) -> xr.Dataset:
     return cells.isel(_index(pairs)).compute().transpose(ENTRY, SAMPLE, STEP)
 
 
-def _not_positional(details: xr.Dataset, steps: xr.DataArray, everywhere: bool) -> np.ndarray:
-    if details.sizes[ENTRY] == 0:
-        return np.zeros(0, bool)
-    inside = _massive_cells(details, steps, everywhere)
-    return (details["constancy"].where(inside).median([SAMPLE, STEP]) >= 1).values
-
-
-def _massive_cells(details: xr.Dataset, steps: xr.DataArray | np.ndarray, everywhere: bool) -> xr.DataArray:
-    inside = details["recorded"] & xr.DataArray(steps, dims=(ENTRY, STEP) if np.ndim(steps) == 2 else (STEP,))
-    return inside if everywhere else inside & details["passes"]
-
-
 def _entry(cell: xr.Dataset, steps: np.ndarray, stream: str, seed: int, everywhere: bool) -> ChannelEntry:
     """One channel's evidence from its (sample, step) cells; `steps` are those at which it is massive."""
-    inside = _massive_cells(cell, steps, everywhere)
+    eligible = cell["recorded"] & xr.DataArray(steps, dims=STEP)
+    inside = eligible if everywhere else eligible & cell["passes"]
     median = {k: float(cell[k].where(inside).median()) for k in ("ratio", "constancy", "magnitude", "coverage")}
     signs = {int(s) for s in np.sign(cell["mean"].values[inside.values])}
-    eligible = cell["recorded"] & xr.DataArray(steps, dims=STEP)
     passed = cell["passes"].where(eligible).mean(STEP).values
     ratios = cell["ratio"].where(inside).values
     sigma = _sigma(cell)[steps]
