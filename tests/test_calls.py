@@ -204,7 +204,7 @@ def test_extra_calls_are_labelled_and_do_not_count():
             PROMPT, max_sequence_length=8, num_inference_steps=2, output_type="latent", height=32, width=32,
             true_cfg_scale=2.0, negative_prompt=NEGATIVE,
         )  # fmt: skip
-    kinds = [tuple(label.rows)[0] for label in labels]
+    kinds = [next(iter(label.rows)) for label in labels]
     assert kinds == ["cond", "degraded", "cond", "uncond", "degraded", "uncond"] * 2
     assert [label.step for label in labels] == [0] * 6 + [1] * 6
     assert [label.index for label in labels if "degraded" not in label.rows][::2] == [0, 1, 2, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from typing import Any
 
 from madit.arch.base import BlockTable, BoundBlock, Family, Modulation, Update
@@ -60,4 +61,4 @@ def bind(transformer: Any, family: Family) -> list[BoundBlock]:
 
 def width(transformer: Any, family: Family) -> int:
     """Number of channels of the residual stream."""
-    return int(getattr(transformer, "inner_dim", 0) or getattr(transformer, family.final_norm.split(".")[0]).norm.normalized_shape[0])
+    return int(operator.attrgetter(family.final_norm)(transformer).normalized_shape[-1])
