@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from madit import console
+from madit.cli_export import export
 from madit.errors import ConfigError
+from madit.options import (
+    Channels,
+    Device,
+    Dtype,
+    Model,
+    Out,
+    OutFile,
+    PipeKwargs,
+    Prompts,
+    Scale,
+    Seeds,
+    Steps,
+    Store,
+    channel_set,
+    given,
+    open_store,
+)
 from madit.progress import progress
 
 app = typer.Typer(
@@ -22,47 +40,13 @@ app = typer.Typer(
     help="Find the massive activations of a Diffusion Transformer, test what they do, and guide with them.\n\n"
     "Example: madit demo --out out/demo",
 )
-export = typer.Typer(cls=console.Verbs, rich_markup_mode=None, help="Write results as documents.")
-app.add_typer(export, name="export")
 
-Model = Annotated[str, typer.Option("--model", help="Embedded model, diffusers folder or hub id.")]
-Store = Annotated[str, typer.Argument(help="A store that `madit record` wrote.")]
-Channels = Annotated[Path | None, typer.Option("--channels", help="Channel set (JSON) that `madit locate` wrote.")]
-Prompts = Annotated[list[str], typer.Option("--prompts", help="A .txt, .jsonl or .csv file, or a text; repeatable.")]
-Seeds = Annotated[str, typer.Option("--seeds", help="Seeds, like 0,1,2 or 0-3.")]
-Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Denoising steps.")]
-Scale = Annotated[float | None, typer.Option("--guidance-scale", help="Classifier-free (Flux: embedded) guidance.")]
-PipeKwargs = Annotated[str | None, typer.Option("--pipe-kwargs", help='JSON for the pipeline: {"height": 512}.')]
-Device = Annotated[str | None, typer.Option("--device", help="Torch device; default: CUDA where there is one.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Torch dtype to load in, like bfloat16.")]
-Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
-OutFile = Annotated[Path | None, typer.Option("--out", help="File to write; without it only a table is printed.")]
-Json = Annotated[str | None, typer.Option(help="JSON object.")]
+app.add_typer(export, name="export")
 
 
 def main() -> None:
     """Run the command."""
     app()
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given: what was not is left to the function's own default."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _tree(store: str) -> Any:
-    from madit.store import open_run
-
-    return open_run(store)
-
-
-def _channel_set(path: Path | None, store: str | None = None) -> Any:
-    from madit.channels import ChannelSet
-    from madit.location import locate as find
-
-    if (path is None) == (store is None):
-        raise ConfigError("expected either --channels FILE or --store STORE, got both or neither")
-    return ChannelSet.load(path) if path is not None else find(_tree(str(store)))
 
 
 @app.command()
@@ -149,12 +133,12 @@ def record(
         raise ConfigError("expected --levels together with --design, got it alone")
     dit = console.load(model, device, dtype)
     if design is None:
-        run = _given(
+        run = given(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size, sites=wanted
         )
         recording.record(dit, texts, store=store, seeds=numbers, values=values, pipe_kwargs=extra, **run)
     else:
-        run = _given(levels=counts)
+        run = given(levels=counts)
         recording.record_factorial(dit, texts, store=store, design=design, seed=numbers[0], pipe_kwargs=extra, **run)
     typer.echo(store)
 
@@ -180,11 +164,11 @@ def locate(
     """
     from madit import location
 
-    chosen = _given(
+    chosen = given(
         ratio=ratio, coverage=coverage, persistence=persistence, step_share=step_share, criterion=criterion,
         top_k=top_k, stream=stream, branch=branch,
     )  # fmt: skip
-    channels = location.locate(_tree(store), **chosen)
+    channels = location.locate(open_store(store), **chosen)
     shown = ("block", "stream", "channel", "ratio", "ratio_low", "ratio_high", "coverage", "constancy", "persistence")
     console.table("massive channels", shown, [[getattr(e, name) for name in shown] for e in channels.entries])
     typer.echo(location.summary(channels))
@@ -209,7 +193,7 @@ def attribute(
 
     if channels is None:
         raise ConfigError("expected --channels FILE, got none; `madit locate RUN --out channels.json` writes one")
-    effects = attribution.attribute(_tree(store), _channel_set(channels), **_given(seed=seed))
+    effects = attribution.attribute(open_store(store), channel_set(channels), **given(seed=seed))
     frame = effects.to_dataframe().dropna(how="all", subset=["first_order", "total"]).reset_index()
     shown = [c for c in ("block", "channel", "factor", "first_order", "first_order_low", "first_order_high", "total",
                          "total_low", "total_high") if c in frame]  # fmt: skip
@@ -253,11 +237,11 @@ def intervene(
     from madit.workflows.generate import generate as draw
 
     texts = console.prompts_of(prompts)
-    edit = _given(mode=mode, factor=factor, branch=branch, stream=stream, layernorm=layernorm)
-    edit |= _given(steps=console.integers(steps, "--steps"), blocks=console.integers(blocks, "--blocks"))
-    run = _given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    edit = given(mode=mode, factor=factor, branch=branch, stream=stream, layernorm=layernorm)
+    edit |= given(steps=console.integers(steps, "--steps"), blocks=console.integers(blocks, "--blocks"))
+    run = given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     run |= console.mapping(pipe_kwargs, "--pipe-kwargs")
-    chosen = _channel_set(channels, store)
+    chosen = channel_set(channels, store)
     if control is not None:
         chosen = intervention.controls(chosen, kind=control, seed=seed)
         edit |= {"mode": "add"} if control == "norm_matched" else {}
@@ -267,7 +251,7 @@ def intervene(
         clean = draw(dit, texts, numbers, out / "clean", run, tick)
         with intervention.intervene(dit, chosen, **edit):
             edited = draw(dit, texts, numbers, out / "edited", run, tick)
-    _print_metrics(compare({"clean": clean, "edited": edited}, reference=clean, baseline="clean"))
+    console.print_metrics(compare({"clean": clean, "edited": edited}, reference=clean, baseline="clean"))
     typer.echo(out)
 
 
@@ -295,7 +279,7 @@ def generate(
     from madit.workflows.generate import generate as draw
 
     config = None if guidance is None else GuidanceConfig.load(guidance)
-    run = _given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    run = given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     run |= console.mapping(pipe_kwargs, "--pipe-kwargs")
     numbers = console.integers(seeds, "--seeds") or [0]
     dit = console.load(model, device, dtype)
@@ -318,8 +302,8 @@ def evaluate(
     """
     from madit import evaluation
 
-    metrics = evaluation.evaluate(images, reference=reference, **_given(seed=seed))
-    _print_metrics(metrics)
+    metrics = evaluation.evaluate(images, reference=reference, **given(seed=seed))
+    console.print_metrics(metrics)
     if out is not None:
         metrics.to_pandas().to_csv(console.ready(out), header=False)
         typer.echo(out)
@@ -329,6 +313,8 @@ def evaluate(
 def report(
     store: Store,
     channels: Channels = None,
+    factorial: Annotated[str | None, typer.Option(help="Factorial store of the same model, for attribution.")] = None,
+    notes: Annotated[str, typer.Option(help="What a reader must know of the model.")] = "",
     out: Out = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about a run.
@@ -337,68 +323,11 @@ def report(
     """
     from madit.workflows.report import report as write
 
-    write(store, out=console.ready(out), channels=None if channels is None else _channel_set(channels))
+    write(
+        store,
+        out=console.ready(out),
+        channels=None if channels is None else channel_set(channels),
+        factorial=factorial,
+        notes=notes,
+    )
     typer.echo(out)
-
-
-@export.command("channels")
-def export_channels(
-    out: Annotated[Path, typer.Option("--out", help="A .json (channel set) or .csv (evidence table).")],
-    store: Annotated[str | None, typer.Option("--store", help="A run to locate them in.")] = None,
-    channels: Channels = None,
-) -> None:
-    """Write massive channels as JSON, or their evidence as a table.
-
-    Example: madit export channels --store run.zarr --out channels.csv
-    """
-    chosen = _channel_set(channels, store)
-    if out.suffix == ".csv":
-        chosen.to_dataset().to_dataframe().to_csv(console.ready(out), index=False)
-    elif out.suffix == ".json":
-        chosen.save(console.ready(out))
-    else:
-        raise ConfigError(f"expected --out to end in .json or .csv, got {out}")
-    typer.echo(out)
-
-
-@export.command("guidance")
-def export_guidance(
-    block: Annotated[int, typer.Option(help="Block whose incoming state is edited in the degraded branch.")],
-    scale: Annotated[float, typer.Option(help="w of the guidance; 0 is none.")],
-    out: Annotated[Path, typer.Option("--out", help="A .json, or a folder for a guider of modular pipelines.")],
-    store: Annotated[str | None, typer.Option("--store", help="A run to locate the channels in.")] = None,
-    channels: Channels = None,
-    factor: Annotated[float | None, typer.Option(help="Factor of the channels in the degraded branch.")] = None,
-    mode: Annotated[Literal["scale", "mean"] | None, typer.Option(help="Scale, or set to the recorded mean.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Steps to guide, like 0-9; default all.")] = None,
-) -> None:
-    """Write a Detail Guidance config (JSON), or a guider's folder for diffusers' modular pipelines.
-
-    Example: madit export guidance --channels channels.json --block 2 --scale 0.25 --out dg.json
-    """
-    from madit.configs import GuidanceConfig
-
-    chosen = _given(factor=factor, mode=mode, steps=console.integers(steps, "--steps"))
-    config = GuidanceConfig.from_channels(_channel_set(channels, store), block=block, scale=scale, **chosen)
-    if out.suffix == ".json":
-        config.save(console.ready(out))
-    else:
-        from madit.guider import DetailGuidance
-
-        DetailGuidance.from_config(config).save_pretrained(out)
-    typer.echo(out)
-
-
-def _print_metrics(table: Any) -> None:
-    from madit.evaluation import METRICS
-
-    conditions = [str(c) for c in table.condition.values] if "condition" in table.dims else [""]
-    rows = []
-    for condition in conditions:
-        of = table.sel(condition=condition) if condition else table
-        rows += [
-            (condition, METRICS[name][0], float(of[name]), float(of[f"{name}_low"]), float(of[f"{name}_high"]))
-            for name in METRICS
-            if name in of and of[name].ndim == 0
-        ]
-    console.table("metrics", ("", "metric", "mean", "low", "high"), rows)

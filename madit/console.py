@@ -167,3 +167,19 @@ def _cell(value: Any) -> str:
     if value is None or value != value:  # NaN
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_metrics(metrics: Any) -> None:
+    """Print what `evaluate` or `compare` returned, a row for each condition and metric."""
+    from madit.evaluation import METRICS
+
+    conditions = [str(c) for c in metrics.condition.values] if "condition" in metrics.dims else [""]
+    rows = []
+    for condition in conditions:
+        of = metrics.sel(condition=condition) if condition else metrics
+        rows += [
+            (condition, METRICS[name][0], float(of[name]), float(of[f"{name}_low"]), float(of[f"{name}_high"]))
+            for name in METRICS
+            if name in of and of[name].ndim == 0
+        ]
+    table("metrics", ("", "metric", "mean", "low", "high"), rows)
