@@ -106,7 +106,8 @@ class Collector:
             if name == "token_valid":
                 array[:] = True  # pipelines pad text to one length and the model reads the padding
             for cell, value in self.cells.pop((group.path, name), {}).items():
-                at = tuple(place[d][label] for d, label in zip((STEP, BRANCH, BLOCK, KIND), cell, strict=True) if d in place)
+                labels = zip((STEP, BRANCH, BLOCK, KIND), cell, strict=True)
+                at = tuple(place[dim][label] for dim, label in labels if dim in place)
                 array[(slice(None), *at)] = value
                 arrays["recorded"][:, at[0], at[1]] = True
         return arrays

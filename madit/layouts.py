@@ -88,9 +88,7 @@ def run_groups(facts: Facts, blocks: Sequence[BoundBlock], sites: Iterable[Site]
 
 def statistic_arrays(dims: tuple[str, ...], shape: tuple[int, ...], width: int) -> dict[str, Array]:
     """The arrays of `statistics.reduce_tokens` over leading dimensions."""
-    arrays = {
-        name: Array((*dims, CHANNEL), (*shape, width), attrs={"long_name": MEANING[name]}) for name in STATISTICS
-    }
+    arrays = {name: Array((*dims, CHANNEL), (*shape, width), attrs={"long_name": MEANING[name]}) for name in STATISTICS}
     arrays["abs_quantile"] = Array(
         (*dims, QUANTILE, CHANNEL),
         (*shape, len(QUANTILE_LEVELS), width),
@@ -177,7 +175,8 @@ def _raw(path: str, stream: str, facts: Facts, blocks: Sequence[BoundBlock], sit
 
 def _outputs(facts: Facts) -> Group:
     n = len(facts.prompts)
-    latent = ("latent_token", "latent_channel") if len(facts.latent) == 2 else ("latent_channel", "latent_row", "latent_column")
+    packed = len(facts.latent) == 2
+    latent = ("latent_token", "latent_channel") if packed else ("latent_channel", "latent_row", "latent_column")
     return Group(
         "outputs",
         {

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from madit.errors import PromptError
 
@@ -56,7 +57,7 @@ class PromptSet:
     def __iter__(self) -> Iterator[str]:
         return iter(self.prompts)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int | slice) -> Any:
         return self.prompts[index]
 
     @classmethod
@@ -128,7 +129,8 @@ def _rows(text: str, path: Path) -> list[str]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         if "prompt" not in (reader.fieldnames or ()):
-            raise PromptError(f"expected a column `prompt` in {path}, got {', '.join(reader.fieldnames or ()) or 'none'}")
+            columns = ", ".join(reader.fieldnames or ()) or "none"
+            raise PromptError(f"expected a column `prompt` in {path}, got {columns}")
         return [row["prompt"] or "" for row in reader]
     except csv.Error as error:
         raise PromptError(f"expected CSV in {path}: {error}") from None

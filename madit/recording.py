@@ -16,6 +16,7 @@ from madit.axes import BRANCHES
 from madit.collecting import Collector
 from madit.dit import DiT, as_dit
 from madit.errors import ConfigError, SiteError
+from madit.factorial import record_factorial
 from madit.progress import progress
 from madit.prompts import PromptSet, load_prompts
 from madit.provenance import about, common_settings, plain
@@ -24,7 +25,7 @@ from madit.sites import GATES, Site
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["Estimate", "estimate", "record", "select_sites"]
+__all__ = ["Estimate", "estimate", "record", "record_factorial", "select_sites"]
 
 _OURS = {
     "prompt": "the argument `prompts`",
@@ -130,8 +131,8 @@ def select_sites(dit: DiT, sites: Iterable[str] | None) -> list[Site]:
     """
     everything = dit.sites()
     if sites is None:
-        kinds = ("resid_post", *GATES)
-        chosen = {n for n in everything if n == "blocks.0.img.resid_pre" or n.endswith(tuple(f".img.{k}" for k in kinds))}
+        endings = tuple(f".img.{kind}" for kind in ("resid_post", *GATES))
+        chosen = {n for n in everything if n.endswith(endings) or n == "blocks.0.img.resid_pre"}
     else:
         chosen = set()
         for pattern in [sites] if isinstance(sites, str) else sites:
@@ -306,6 +307,7 @@ def token_grid(dit: DiT, arguments: Mapping[str, Any]) -> tuple[list[int], list[
         ids = arguments["img_ids"]
         ids = (ids[0] if ids.ndim == 3 else ids).long()
         return ids[:, 1].tolist(), ids[:, 2].tolist()
-    rows, columns = (n // dit.transformer.config.patch_size for n in arguments[dit.family.arguments["latent"]].shape[-2:])
+    shape = arguments[dit.family.arguments["latent"]].shape[-2:]
+    rows, columns = (n // dit.transformer.config.patch_size for n in shape)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return row.flatten().tolist(), column.flatten().tolist()

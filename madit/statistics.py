@@ -39,7 +39,7 @@ def reduce_tokens(
     Args:
         h: residual state, an update or any (row, token, channel), in the unit of the residual stream.
         valid: tokens that count; all if None.
-        levels: levels p in [0, 1).
+        levels: levels p in [0, 1); without any, `abs_quantile` is left out, and the sort that it needs.
 
     Returns:
         `mean mean_abs mean_square max_abs` (row, channel), `abs_quantile` (row, quantile, channel), `median_abs`
@@ -66,17 +66,18 @@ def reduce_tokens(
     if not all(counts):
         raise ValueError("expected at least one valid token in each row, got a row without any")
     total = rearrange(torch.tensor(counts, dtype=torch.float32, device=x.device), "row -> row 1")
-    ascending = ordered.sort(dim=1).values
-    return {
+    reduced = {
         "mean": x.sum(dim=1) / total,
         "mean_abs": magnitude.sum(dim=1) / total,
         "mean_square": x.square().sum(dim=1) / total,
         "max_abs": magnitude.amax(dim=1),
-        "abs_quantile": torch.stack(
-            [ascending[row, [order(p, count) for p in levels]] for row, count in enumerate(counts)]
-        ),
         "median_abs": _median(ordered, counts),
     }
+    if levels:
+        ascending = ordered.sort(dim=1).values
+        rows = [ascending[row, [order(p, count) for p in levels]] for row, count in enumerate(counts)]
+        reduced["abs_quantile"] = torch.stack(rows)
+    return reduced
 
 
 def _median(ordered: Float[Tensor, "row token channel"], counts: list[int]) -> Float[Tensor, " row"]:

@@ -90,6 +90,7 @@ class Files:
         self.root = self.root.rstrip("/")
 
     def exists(self, key: str = "") -> bool:
+        """Whether there is a file or folder at this key."""
         return self.fs.exists(self._at(key))
 
     def find(self, prefix: str = "") -> list[str]:
@@ -98,6 +99,7 @@ class Files:
         return sorted(name[start:] for name in self.fs.find(self._at(prefix))) if self.exists(prefix) else []
 
     def read(self, key: str) -> bytes:
+        """The bytes at a key."""
         return self.fs.cat_file(self._at(key))
 
     def write(self, key: str, data: bytes) -> None:
@@ -106,7 +108,12 @@ class Files:
         self.fs.pipe_file(self._at(key) + ".partial", data)
         self.fs.mv(self._at(key) + ".partial", self._at(key))
 
+    def size(self, key: str) -> int:
+        """Number of bytes at a key; -1 if there is nothing."""
+        return self.fs.size(self._at(key)) if self.exists(key) else -1
+
     def remove(self, key: str = "") -> None:
+        """Remove a file, a folder, or the whole store."""
         self.fs.rm(self._at(key), recursive=True)
 
     def _at(self, key: str) -> str:
@@ -163,7 +170,7 @@ class Writer:
         if marker.endswith(".partial"):
             return False
         entries = json.loads(self.files.read(marker))
-        return all(self.files.exists(key) and self.files.fs.size(self.files._at(key)) == n for key, (n, _) in entries.items())
+        return all(self.files.size(key) == length for key, (length, _) in entries.items())
 
 
 def create(
@@ -190,9 +197,10 @@ def create(
             )
         for name, (dims, values) in group.coords.items():
             values = np.asarray(values)
-            text = values.dtype.kind in "UO"  # fixed-width strings are not in zarr v3
-            shape, dtype = values.shape, str if text else values.dtype
-            node.create_array(name, shape=shape, dtype=dtype, dimension_names=dims)[...] = values.astype(object) if text else values
+            dtype: Any = values.dtype
+            if values.dtype.kind in "UO":  # fixed-width strings are not in zarr v3
+                dtype, values = str, values.astype(object)
+            node.create_array(name, shape=values.shape, dtype=dtype, dimension_names=dims)[...] = values
     about = {"kind": kind, "settings": json.dumps(settings), "groups": [g.path for g in groups], "complete": False}
     root.attrs.update({"format_version": FORMAT_VERSION, **about, **attrs})
     _consolidate(root)
@@ -208,7 +216,7 @@ def resume(path: str | Path, settings: Mapping[str, Any], kind: str) -> Writer |
         StoreError: if something else is there, or a store of a newer format, or the path is a zip file.
     """
     if str(path).endswith(".zip"):
-        raise StoreError(f"expected a folder or a URL to record to, got {path}: a zip can't be resumed; zip it afterwards")
+        raise StoreError(f"expected a folder or a URL to record to, got {path}: zip the store afterwards")
     files = Files(path)
     if not files.exists() or not files.find():
         return None
@@ -217,7 +225,7 @@ def resume(path: str | Path, settings: Mapping[str, Any], kind: str) -> Writer |
         return None
     attrs = _attributes(str(path), path)
     if attrs["kind"] != kind:
-        raise StoreExistsError(f"expected a store of kind {kind!r} in {path}, got {attrs['kind']!r}; choose another path")
+        raise StoreExistsError(f"expected a {kind!r} store in {path}, got {attrs['kind']!r}; choose another path")
     there, here = json.loads(attrs["settings"]), json.loads(json.dumps(settings))
     for name in [*here, *(n for n in there if n not in here)]:
         if there.get(name) != here.get(name):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import torch
 from einops import rearrange
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 from torch import Tensor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from madit.dit import DiT
 
 Sink = Callable[[Call, Site, Tensor], None]
+_Emit = Callable[[Site, Tensor], None]
 
 _END = "'.*' was never reached: the loop asked for a step the run did not make"
 _ATTRIBUTE = "_madit_nnsight"
@@ -79,7 +81,36 @@ def visit(dit: DiT, sites: Iterable[Site], sink: Sink, **run: Any) -> Any:
     return result
 
 
-def _follow(tracer: Any, envoy: Any, block: BoundBlock, wanted: set[Site], emit: Callable[[Site, Tensor], None]) -> None:
+def visit_forward(dit: DiT, sites: Iterable[Site], sink: Sink, call: Call, arguments: dict[str, Any]) -> None:
+    """Run the transformer once, outside a pipeline, and hand the value of each site to `sink` as `visit` does.
+
+    Args:
+        dit: the model.
+        sites: which sites.
+        sink: as in `visit`.
+        call: the label that the sink gets.
+        arguments: keyword arguments of the transformer's forward.
+    """
+    wanted = set(sites)
+    model = wrap(dit.pipeline)
+
+    def emit(site: Site, value: Tensor) -> None:
+        if site in wanted:
+            sink(call, site, value)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_END)
+        with model.transformer.trace() as tracer:
+            with tracer.invoke(**arguments):
+                pass
+            for block in dit.blocks:
+                if any(site.block == block.index for site in wanted):
+                    envoy = model.get(f"transformer.{block.fqn}")
+                    with tracer.invoke():
+                        _follow(tracer, envoy, block, wanted, emit)
+
+
+def _follow(tracer: Any, envoy: Any, block: BoundBlock, wanted: set[Site], emit: _Emit) -> None:
     """Read one block at each of its calls; requests must come in the order in which the block computes."""
     kinds = {(site.stream, site.kind) for site in wanted if site.block == block.index}
     updates = [u for u in block.updates() if (u.stream, u.kind) in kinds]
