@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from scipy.stats import rankdata
 
 from madit.axes import BLOCK, CHANNEL, KIND, SAMPLE, STEP
 from madit.channels import ChannelSet
@@ -68,8 +69,9 @@ def ledger(
         },
         attrs={"stream": stream, "branch": branch, "largest_closure": float((closure / median).max().fillna(0.0))},
     )
-    path = f"/modulation/{stream}"
-    return book.merge(_gates(on_branch(group(tree, path), branch), write[KIND], followed)) if has(tree, path) else book
+    if not has(tree, f"/modulation/{stream}"):
+        return book
+    return book.assign(_gates(on_branch(group(tree, f"/modulation/{stream}"), branch), write[KIND], followed).data_vars)
 
 
 def rank(book: xr.Dataset, block: int, channel: int) -> xr.Dataset:
@@ -96,24 +98,23 @@ def rank(book: xr.Dataset, block: int, channel: int) -> xr.Dataset:
         if label not in book[name].values:
             raise StoreError(f"expected a {name} of the ledger ({_listed(book[name].values)}), got {label}")
     here = book.sel({CHANNEL: channel})
-    state = here["state"].sel({BLOCK: block})
-    earlier = here.sel({BLOCK: here[BLOCK] <= block})
-    writes = earlier["write"].stack(writer=(BLOCK, KIND))
-    writes = writes.isel(writer=writes.notnull().any(STEP).values)
-    names = [f"blocks.{b}.{book.attrs['stream']}.{k}" for b, k in writes["writer"].values]
-    columns = xr.concat(
-        [here["embedding"].drop_vars(CHANNEL), writes.drop_vars([BLOCK, KIND, "writer", CHANNEL])], "writer"
-    )
-    columns = columns.assign_coords(writer=["embedding", *names])
-    total = np.abs(state).sum(STEP)
-    table = xr.Dataset({"share": (np.sign(state) * columns).sum(STEP) / total, "write": columns.mean(STEP)})
-    if "gate" in book:
-        gates = earlier[["gate", "gate_ratio"]].stack(writer=(BLOCK, KIND)).sel(writer=writes["writer"])
-        size = np.concatenate([[np.nan], np.abs(gates["gate"]).mean(STEP).values])
-        table["gate_ratio"] = ("writer", np.concatenate([[np.nan], gates["gate_ratio"].mean(STEP).values]))
-        table["gate_rank"] = xr.DataArray(-size, dims="writer").rank("writer")
-    order = np.argsort(-np.abs(table["share"].values), kind="stable")
-    return table.drop_vars([n for n in table.coords if n != "writer"]).isel(writer=order)
+    state = here["state"].sel({BLOCK: block}).values
+    gated = here[[n for n in ("write", "gate", "gate_ratio") if n in here]].transpose(STEP, ...)
+    places = [(b, k) for b in here[BLOCK].values if b <= block for k in here[KIND].values]
+    cells = {
+        f"blocks.{b}.{book.attrs['stream']}.{k}": cell
+        for b, k in places
+        if (cell := gated.sel({BLOCK: b, KIND: k})).write.notnull().any()
+    }
+    writes = np.stack([here["embedding"].values, *(cell["write"].values for cell in cells.values())])
+    columns = {"share": (np.sign(state) * writes).sum(axis=1) / np.abs(state).sum(), "write": writes.mean(axis=1)}
+    if "gate" in gated:
+        size = np.array([np.nan, *(float(np.abs(cell["gate"]).mean()) for cell in cells.values())])
+        columns["gate_ratio"] = np.array([np.nan, *(float(cell["gate_ratio"].mean()) for cell in cells.values())])
+        columns["gate_rank"] = np.where(np.isnan(size), np.nan, rankdata(-size, nan_policy="omit", method="min"))
+    table = xr.Dataset({k: ("writer", v) for k, v in columns.items()})
+    table = table.assign_coords(writer=np.array(["embedding", *cells], object))
+    return table.isel(writer=np.argsort(-np.abs(columns["share"]), kind="stable"))
 
 
 def _gates(modulation: xr.Dataset, kinds: xr.DataArray, followed: dict[str, list[int]]) -> xr.Dataset:
@@ -127,7 +128,9 @@ def _gates(modulation: xr.Dataset, kinds: xr.DataArray, followed: dict[str, list
         gate = modulation[name].where(mask)
         gates.append(gate.sel(followed).mean(SAMPLE).expand_dims({KIND: [kind]}))
         size = np.abs(gate)
-        ratios.append((size.sel(followed) / size.median(CHANNEL)).mean(SAMPLE).expand_dims({KIND: [kind]}))
+        median = size.fillna(0.0).median(CHANNEL)  # a block that lacks the gate has no median, and no ratio
+        ratio = size.sel(followed) / median.where(median > 0)
+        ratios.append(ratio.mean(SAMPLE).expand_dims({KIND: [kind]}))
     if not gates:
         return xr.Dataset()
     return xr.Dataset({"gate": xr.concat(gates, KIND), "gate_ratio": xr.concat(ratios, KIND)}).compute()
