@@ -79,8 +79,14 @@ class FrozenNorms:
 
     def _norm(self, name: str, joint: bool) -> Callable[..., Tensor | None]:
         def hook(norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            if not self.recording and name not in self._clean:
-                return None  # a call without an edit
+            rows = {} if self.recording else self.rows()
+            if "degraded" in rows:
+                raise UnsupportedPipelineError(
+                    'expected layernorm="live" inside guide, whose degraded forward has no clean forward of its own; '
+                    'got "frozen"'
+                )
+            if not self.recording and not rows:
+                return None
             text = args[0].shape[1] - self._image_tokens if joint else 0
             x = args[0][:, text:].float()
             if self.recording:
@@ -88,11 +94,6 @@ class FrozenNorms:
                 self._clean[name] = mean, (variance + norm.eps).rsqrt()  # type: ignore[operator]
                 return None
             mean, gain = self._clean[name]
-            if len(mean) != len(x):
-                raise UnsupportedPipelineError(
-                    f'expected layernorm="frozen" to see the {len(mean)} rows of its clean forward, got {len(x)}: it '
-                    "does not work inside guide, whose degraded forward has its own batch"
-                )
             frozen = (x - mean) * gain
             if norm.weight is not None:
                 frozen = frozen * norm.weight
