@@ -170,7 +170,7 @@ def token_map(
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, integer=True))
     title = f"channel {channel}, block {block}, σ = {float(cell.sigma):.2f}"
-    ax.set_title(f"{title}\nmean {np.nanmean(grid):.3g}, deviation {np.nanstd(grid):.2g}", size=10)
+    ax.set_title(f"{title}\nmean {np.nanmean(grid):.4g}, deviation {np.nanstd(grid):.2g}", size=10)
     ax.set(xlabel="token column", ylabel="token row")
     return ax
 

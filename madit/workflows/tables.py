@@ -48,16 +48,16 @@ def metric_table(table: xr.Dataset, controls: Sequence[str]) -> dict[str, Any]:
 def _cell(table: xr.Dataset, metric: str, condition: str, is_base: bool) -> dict[str, Any]:
     value, low, high, _ = figures.pick(table, metric)
     mean, bottom, top = (float(v.sel(condition=condition)) for v in (value, low, high))
-    cell = {"value": words.number(mean), "interval": f"{words.number(bottom)} to {words.number(top)}", "p": ""}
+    cell = {"value": words.number(mean), "interval": f"{words.number(bottom)} to {words.number(top)}", "p": "", "bounds": ""}
     change = None if is_base else words.difference(table, metric, condition)
     if change is None:
         return cell | {"change": "", "differs": False}
-    text = f"Δ {words.number(change[0])} ({words.number(change[1])} to {words.number(change[2])})"
+    moved, least, most = (words.number(number, 2) for number in change)
     name, _, factor = metric.partition(":")
     if f"{name}_p" in table:
         p = float(table[f"{name}_p"].sel(condition=condition, factor=factor))
         cell["p"] = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-    return cell | {"change": text, "differs": change[1] * change[2] > 0}
+    return cell | {"change": f"Δ {moved}", "bounds": f"({least} to {most})", "differs": change[1] * change[2] > 0}
 
 
 def versions() -> dict[str, str]:

@@ -57,7 +57,7 @@ def interval(low: float, high: float) -> str:
     r"""A 95 % interval in words.
 
     >>> interval(0.25, 0.5)
-    '95\xa0%: 0.25 to 0.5'
+    '95\xa0%: 0.25 to 0.50'
     """
     return f"95\u00a0%: {number(low, 2)} to {number(high, 2)}"
 
