@@ -24,13 +24,13 @@ def export_channels(
 
     Example: madit export channels --store run.zarr --out channels.csv
     """
+    if out.suffix not in (".json", ".csv"):
+        raise ConfigError(f"expected --out to end in .json or .csv, got {out}")
     chosen = channel_set(channels, store)
-    if out.suffix == ".csv":
-        chosen.to_dataset().to_dataframe().to_csv(console.ready(out), index=False)
-    elif out.suffix == ".json":
+    if out.suffix == ".json":
         chosen.save(console.ready(out))
     else:
-        raise ConfigError(f"expected --out to end in .json or .csv, got {out}")
+        chosen.to_dataset().to_dataframe().to_csv(console.ready(out), index=False)
     typer.echo(out)
 
 
@@ -43,7 +43,8 @@ def export_guidance(
     channels: Channels = None,
     factor: Annotated[float | None, typer.Option(help="Factor of the channels in the degraded branch.")] = None,
     mode: Annotated[Literal["scale", "mean"] | None, typer.Option(help="Scale, or set to the recorded mean.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Steps to guide, like 0-9; default all.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Guided part of the run as fractions, like 0,0.6.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Disrupted image tokens, like 0-31; default all.")] = None,
 ) -> None:
     """Write a Detail Guidance config (JSON), or a guider's folder for diffusers' modular pipelines.
 
@@ -51,7 +52,12 @@ def export_guidance(
     """
     from madit.configs import GuidanceConfig
 
-    chosen = given(factor=factor, mode=mode, steps=console.integers(steps, "--steps"))
+    chosen = given(
+        factor=factor,
+        mode=mode,
+        steps=console.fractions(steps, "--steps"),
+        tokens=console.integers(tokens, "--tokens"),
+    )
     config = GuidanceConfig.from_channels(channel_set(channels, store), block=block, scale=scale, **chosen)
     if out.suffix == ".json":
         config.save(console.ready(out))

@@ -54,7 +54,7 @@ def one_line(message: str) -> str:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
-    if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
+    if issubclass(category, UserWarning):  # others speak to developers
         typer.echo(f"madit: warning: {one_line(str(message))}", err=True)
 
 
@@ -129,6 +129,21 @@ def integers(text: str | None, option: str) -> list[int] | None:
     except ValueError:
         raise ConfigError(f"expected whole numbers for {option}, like 0,2,5 or 0-3; got {text!r}") from None
     return result
+
+
+def fractions(text: str | None, option: str) -> tuple[float, float] | None:
+    """Two numbers from `0,0.6`, or None for no text.
+
+    >>> fractions("0,0.6", "--steps")
+    (0.0, 0.6)
+    """
+    if text is None:
+        return None
+    try:
+        start, stop = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"expected two fractions for {option}, like 0,0.6; got {text!r}") from None
+    return start, stop
 
 
 def mapping(text: str | None, option: str) -> dict[str, Any]:

@@ -19,6 +19,14 @@ VERBS = ("demo", "doctor", "sites", "record", "locate", "attribute", "intervene"
 SHORT = ("--pipe-kwargs", '{"max_sequence_length": 8}')
 
 
+def read(path: str) -> list[list[str]]:
+    return list(csv.reader(Path(path).read_text().splitlines()))
+
+
+def table(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
 def run(*args: str, code: int = 0) -> Result:
     result = CliRunner().invoke(app, list(args))
     assert result.exit_code == code, result.output + repr(result.exception)
@@ -79,7 +87,7 @@ def test_record_design_then_attribute(in_workspace: Path) -> None:
 def test_attribute_writes_what_the_function_gives(in_workspace: Path) -> None:
     run("attribute", "factorial.zarr", "--channels", "channels.json", "--out", "effects.csv")
     effects = madit.attribute(madit.open_run("factorial.zarr"), madit.ChannelSet.load("channels.json"))
-    rows = list(csv.DictReader(Path("effects.csv").open()))
+    rows = table("effects.csv")
     for row in rows:
         cell = effects.sel(block=int(row["block"]), channel=int(row["channel"]), factor=row["factor"])
         assert float(row["total"]) == pytest.approx(float(cell.total))
@@ -121,7 +129,7 @@ def test_generate_with_a_scale_of_zero_is_generate(in_workspace: Path) -> None:
 
 def test_export_channels_as_a_table(in_workspace: Path) -> None:
     run("export", "channels", "--store", "run.zarr", "--out", "sub/channels.csv")
-    rows = list(csv.DictReader(Path("sub/channels.csv").open()))
+    rows = table("sub/channels.csv")
     expected = madit.ChannelSet.load("channels.json")
     assert [(int(r["block"]), int(r["channel"])) for r in rows] == [(e.block, e.channel) for e in expected.entries]
     assert float(rows[0]["ratio"]) == pytest.approx(expected.entries[0].ratio)
@@ -146,7 +154,7 @@ def test_evaluate_writes_what_the_function_gives(in_workspace: Path) -> None:
             pixels = 128 + noise * rng.standard_normal((32, 32, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i}.png")
     run("evaluate", "--images", "a", "--reference", "b", "--out", "metrics.csv")
-    written = {row[0]: float(row[1]) for row in csv.reader(Path("metrics.csv").open())}
+    written = {row[0]: float(row[1]) for row in read("metrics.csv")}
     expected = madit.evaluate(Path("a"), reference=Path("b"))
     assert written["log2_power_ratio"] == pytest.approx(float(expected.log2_power_ratio))
     assert written["log2_power_ratio"] > 2
