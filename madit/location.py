@@ -138,7 +138,8 @@ def profile(
     cut = np.maximum(ratio * median, np.nextafter(magnitude, np.inf))  # above 100, not at it
     mean = data["mean"].astype(np.float64).where(usable)
     variance = data["mean_square"] - np.square(mean)
-    constancy = np.abs(mean) / np.sqrt(np.maximum(variance, CONSTANCY_RESOLUTION * data["mean_square"]))
+    resolved = np.maximum(CONSTANCY_RESOLUTION * data["mean_square"], np.finfo(np.float64).tiny)  # blank channels: 0
+    constancy = np.abs(mean) / np.sqrt(np.maximum(variance, resolved))
     reached = data["abs_quantile"] >= cut
     cells = xr.Dataset(
         {

@@ -7,9 +7,11 @@ import pytest
 import trees
 import xarray as xr
 
+import madit
 from madit.channels import ChannelSet
 from madit.errors import StoreError
 from madit.ledger import ledger, rank
+from madit.zoo import small
 
 SAMPLES, STEPS, BLOCKS, TOKENS, WIDTH = 3, 4, 4, 16, 12
 KINDS = ("update_msa", "update_msa2", "update_mlp")
@@ -142,3 +144,21 @@ def test_refusals_say_what_to_do(book):
         rank(book, 8, MASSIVE)
     with pytest.raises(StoreError, match=r"expected a channel of the ledger \(5, 9\), got 0"):
         rank(book, 3, 0)
+
+
+@pytest.mark.parametrize("make", [small.small_sd3, small.small_sd35, small.small_flux])
+def test_the_law_holds_on_real_blocks(make, tmp_path):
+    dit = madit.DiT(make())
+    sites = ["blocks.*.img.resid_post", "blocks.0.img.resid_pre", "blocks.*.img.update*", "blocks.*.img.gate*"]
+    size = {"height": 32, "width": 32} if dit.family.packed else {}
+    tree = madit.record(
+        dit, ["a red circle", "a cat"], tmp_path / "run.zarr", num_inference_steps=2, guidance_scale=3.0, batch_size=2,
+        sites=sites, pipe_kwargs={"max_sequence_length": 8, **size},
+    )  # fmt: skip
+    n = len(dit.blocks)
+    book = ledger(tree, ChannelSet.of({n - 1: range(dit.width)}, n, dit.width))
+    assert book.attrs["largest_closure"] < 1e-5
+    assert float(np.abs(book.state - book.embedding).max()) > 0.1  # the blocks do write
+    moved = (book.embedding + book.write.fillna(0).sum(["kind", "block"])).values
+    assert moved == pytest.approx(book.state.sel(block=n - 1).values, abs=1e-5)
+    assert float(rank(book, n - 1, 3).share.sum()) == pytest.approx(1, abs=1e-4)

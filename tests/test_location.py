@@ -283,6 +283,16 @@ def test_profile_matches_the_raw_values(both):
     assert float(cells.coverage.isel(sample=sample, step=step, block=block, channel=CONSTANT)) == 0.99
 
 
+def test_blank_channels_have_constancy_zero_and_no_warning(recwarn):
+    h = np.random.default_rng(0).normal(size=(2, 2, 1, 1, 16, 6)).astype(np.float32)
+    h[..., 2] = 0.0
+    lazy = trees.run_tree(h, values="statistics").map_over_datasets(lambda d: d.chunk() if d.sizes else d)
+    cells = profile(lazy).compute()
+    assert (cells.constancy.sel(channel=2) == 0).all()
+    assert not cells.passes.any()
+    assert not [str(w.message) for w in recwarn]
+
+
 def test_blank_cells_are_not_massive():
     h = np.zeros((2, 2, 1, 1, 16, 4), np.float32)
     h[..., 0] = 5.0  # the median is 0: no ratio exists
