@@ -26,6 +26,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import ZstdCodec
+from zarr.storage import ZipStore
 
 from madit.axes import FORMAT_VERSION
 from madit.errors import DiskSpaceError, StoreError, StoreExistsError
@@ -144,7 +145,7 @@ class Writer:
             root = zarr.open_group(self.path, mode="r+")
             for group, arrays in data.items():
                 for name, values in arrays.items():
-                    array = root[f"{group}/{name}"]
+                    array: Any = root[f"{group}/{name}"]
                     if array.shape[1:] != values.shape[1:] or start + len(values) > array.shape[0]:
                         raise StoreError(
                             f"expected {group}/{name} of shape (n, {', '.join(map(str, array.shape[1:]))}) in "
@@ -302,7 +303,7 @@ def _source(path: str | Path) -> Any:
     if not Path(text).is_file():
         raise StoreError(f"expected a store, found none at {path}")
     try:
-        return zarr.storage.ZipStore(text, mode="r")
+        return ZipStore(text, mode="r")
     except (OSError, zipfile.BadZipFile) as error:
         raise StoreError(f"expected a zip of a madit store, got {path}: {error}") from None
 
@@ -323,7 +324,7 @@ def _attributes(source: Any, path: str | Path) -> dict[str, Any]:
     return attrs
 
 
-def _open_group(group: zarr.Group, path: str) -> xr.Dataset:
+def _open_group(group: Any, path: str) -> xr.Dataset:
     attrs, coords, data = dict(group.attrs), {}, {}
     names = attrs.pop("coordinates", "").split()
     for name, array in group.arrays():

@@ -68,7 +68,7 @@ def visit(dit: DiT, sites: Iterable[Site], sink: Sink, **run: Any) -> Any:
         warnings.filterwarnings("ignore", message=_END)  # how an open loop ends
 
         def emit(site: Site, value: Tensor) -> None:
-            if site in wanted:
+            if site in wanted and tracker.current is not None:
                 sink(tracker.current, site, value)
 
         with model.generate(num_inference_steps=steps) as tracer:
