@@ -11,7 +11,7 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from madit.axes import FORMAT_VERSION
 from madit.channels import ChannelSet, ModelFingerprint, Record, check_model
-from madit.errors import ConfigError
+from madit.errors import ConfigError, ModelMismatchError
 
 SCHEMA = Path(__file__).parent / "schemas" / "guidance.json"
 """The published JSON Schema; `python -m madit.configs` writes it."""
@@ -161,6 +161,14 @@ class GuidanceConfig(Record):
     def check(self, model: ModelFingerprint) -> None:
         """Refuse another architecture (`ModelMismatchError`), warn of other weights (`ModelMismatchWarning`)."""
         check_model(self.model, model, "this config's channels")
+
+    def check_size(self, n_blocks: int, width: int) -> None:
+        """Refuse a model that lacks the block or a channel, which a config by hand may name."""
+        if self.block >= n_blocks or self.channels[-1] >= width:
+            raise ModelMismatchError(
+                f"expected a block below {n_blocks} and channels below {width}, got block {self.block} and channel "
+                f"{self.channels[-1]}; make the config on this model"
+            )
 
 
 def _tokens(tokens: Any) -> tuple[tuple[int, ...] | None, tuple[int, int] | None]:

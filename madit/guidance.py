@@ -15,7 +15,7 @@ from madit import arch, calls
 from madit.configs import GuidanceConfig
 from madit.dit import DiT, as_dit
 from madit.edits import Argument, Edit, Means
-from madit.errors import ConfigError, ModelMismatchError, NothingEditedError, UnsupportedPipelineError
+from madit.errors import ConfigError, NothingEditedError, UnsupportedPipelineError
 from madit.passes import bound, prediction, replay, shadow_transformer, take_rows, with_prediction
 
 PIPELINES = (
@@ -238,11 +238,7 @@ def _check(dit: DiT, config: GuidanceConfig) -> None:
             f"expected one of {', '.join(PIPELINES)}, got {name}: how it combines its predictions has not been checked"
         )
     config.check(dit.fingerprint)
-    if config.block >= len(dit.blocks) or config.channels[-1] >= dit.width:
-        raise ModelMismatchError(
-            f"expected a block below {len(dit.blocks)} and channels below {dit.width} for {dit.name}, got block "
-            f"{config.block} and channel {config.channels[-1]}"
-        )
+    config.check_size(len(dit.blocks), dit.width)
     if getattr(dit.transformer, "is_cache_enabled", False):
         raise UnsupportedPipelineError(
             f"expected a transformer without block caching, {name} has a cache enabled; call disable_cache() first"
