@@ -135,6 +135,8 @@ def compare(
         if "reference_log2_power" in measured[name] and not measured[name].attrs["paired"]:
             _add_unpaired(row, measured[name], seed)
         row = row.merge(_differences(measured[name], measured[base], seed))
+        if "reference_log2_power" in measured[name]:
+            row = row.merge(_distance_difference(measured[name], measured[base], seed))
         if hits:
             row = row.merge(_accuracies(hits[name])).merge(_accuracy_differences(hits[name], hits[base], seed))
         rows.append(row)
@@ -326,6 +328,25 @@ def _add_unpaired(table: xr.Dataset, per_image: xr.Dataset, seed: int) -> None:
             ).confidence_interval  # fmt: skip
         table[name] = float(statistic(values.values, other.values))
         table[f"{name}_low"], table[f"{name}_high"] = low, high
+
+
+def _distance_difference(a: xr.Dataset, b: xr.Dataset, seed: int) -> xr.Dataset:
+    """Difference of two unpaired detail distances: a and b are resampled together, the reference on its own."""
+    reference = a.reference_log2_power.values
+    powers = np.stack([x.log2_power_ratio.values + reference.mean() for x in (a, b)])
+
+    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        distance = np.abs(x.mean(axis) - y.mean(axis))
+        return distance - distance[1:]
+
+    low = high = np.full(2, np.nan)
+    if min(powers.shape[1], reference.size) > 1:
+        low, high = stats.bootstrap(
+            (powers, reference[None]), statistic, axis=-1, n_resamples=N_RESAMPLES, method="percentile", rng=seed,
+            confidence_level=CONFIDENCE,
+        ).confidence_interval  # fmt: skip
+    values = statistic(powers, reference[None])[0], low[0], high[0]
+    return xr.Dataset(dict(zip([f"detail_distance_difference{s}" for s in ("", "_low", "_high")], values, strict=True)))
 
 
 def _accuracies(hits: Mapping[str, np.ndarray]) -> xr.Dataset:

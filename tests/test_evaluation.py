@@ -273,6 +273,21 @@ def test_compare_pairs_samples_so_that_common_variation_cancels():
     assert "n = 40 is under 200" in table.accuracy_p.attrs["long_name"]
 
 
+def test_unpaired_detail_distances_differ_by_what_pairing_leaves():
+    rng = np.random.default_rng(1)
+    amplitude = rng.uniform(0.1, 0.2, 30)
+    base = grey([cosine(0.25, a) for a in amplitude])
+    louder = grey([cosine(0.25, 2 * a) for a in amplitude])
+    real = grey([cosine(0.25, a) for a in rng.uniform(0.1, 0.2, 50)])
+    row = evaluation.compare({"plain": base, "louder": louder}, real).sel(condition="louder")
+    log_power = np.log2((amplitude * 255) ** 2 / 2)
+    target = np.mean([np.log2(pictures.high_band_power(pictures.luma(p))) for p in real])
+    expected = abs(log_power.mean() + 2 - target) - abs(log_power.mean() - target)
+    assert float(row.detail_distance_difference) == pytest.approx(expected)
+    assert row.detail_distance_difference_low < row.detail_distance_difference < row.detail_distance_difference_high
+    assert row.detail_distance_difference_low > 0
+
+
 def test_compare_does_not_depend_on_order_and_follows_its_seed():
     images = {"a": noise(5, size=16), "b": noise(9, size=16, seed=1), "c": noise(7, size=16, seed=2)}
     first = evaluation.compare(images, baseline="a", seed=3)
