@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,15 +49,19 @@ def main() -> None:
 
 
 @app.command()
-def demo(out: Out = Path("out/demo")) -> None:
+def demo(
+    out: Out = Path("out/demo"),
+    samples: Annotated[int | None, typer.Option(min=4, help="Pictures for each condition.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts, pictures and controls.")] = None,
+) -> None:
     """Run the whole flow on the embedded models; HTML report.
 
     Example: madit demo --out out/demo
     """
     from madit.workflows.demo import demo as run
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run(out)
+    console.quiet_libraries()
+    run(out, **given(samples=samples, seed=seed))
 
 
 @app.command()

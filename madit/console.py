@@ -71,8 +71,6 @@ def load(model: str, device: str | None = None, dtype: str | None = None) -> DiT
         UnknownFamilyError: for a model without an adapter.
     """
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     from madit import zoo
     from madit.dit import DiT
@@ -82,9 +80,7 @@ def load(model: str, device: str | None = None, dtype: str | None = None) -> DiT
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError(f"expected a torch dtype such as float32 or bfloat16, got {dtype!r}")
         kwargs["torch_dtype"] = getattr(torch, dtype)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    quiet_libraries()
     try:
         dit = DiT.from_pretrained(model, **kwargs)
     except MaditError:
@@ -101,6 +97,16 @@ def load(model: str, device: str | None = None, dtype: str | None = None) -> DiT
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"expected a torch device of this machine, got {place!r}: {error}") from error
     return dit
+
+
+def quiet_libraries() -> None:
+    """Without the progress bars and the advice of diffusers and transformers: a command has its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def prompts_of(prompts: Iterable[str]) -> PromptSet:

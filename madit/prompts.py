@@ -29,7 +29,7 @@ class PromptSet:
 
     >>> prompts = PromptSet(("a red circle", "a dog"))
     >>> len(prompts), prompts.sha256[:8]
-    (2, '1e6bb59b')
+    (2, '11ec9c89')
     """
 
     prompts: tuple[str, ...]

@@ -56,7 +56,7 @@ def pipe_kwargs() -> dict[str, dict[str, Any]]:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a planted model and all that the flow writes of it.
 
-    `model/` (channels 5 and 20 massive from the output of block 1 on), `run.zarr`, `factorial.zarr`, `channels.json`,
+    `model/` (channels 7 and 20 massive from the output of block 1 on), `run.zarr`, `factorial.zarr`, `channels.json`,
     `dg.json`.
     """
     import madit
@@ -64,12 +64,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("workspace")
     pipeline = small.small_sd3()
-    planting.plant(pipeline, (5, 20), block=1, magnitude=500.0, signs=(1, -1))
+    planting.plant(pipeline, (7, 20), block=1, magnitude=500.0, signs=(1, -1))
     pipeline.save_pretrained(folder / "model")
     dit = madit.DiT.from_pretrained(folder / "model")
     short = {"max_sequence_length": 8}
     run = madit.record(
-        dit, PROMPTS, store=str(folder / "run.zarr"), seeds=(0, 1), num_inference_steps=3, pipe_kwargs=short
+        dit,
+        PROMPTS,
+        store=str(folder / "run.zarr"),
+        seeds=(0, 1),
+        num_inference_steps=3,
+        sites=["blocks.0.img.resid_pre", *(f"blocks.*.img.{kind}" for kind in ("resid_post", "update_*", "gate_*"))],
+        pipe_kwargs=short,
     )
     madit.record_factorial(
         dit,

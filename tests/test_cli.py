@@ -64,7 +64,7 @@ def test_record_then_locate_finds_what_was_planted(in_workspace: Path) -> None:
     output = run("locate", "new.zarr", "--out", "found.json").output
     assert "massive channels" in output
     found = madit.ChannelSet.load("found.json")
-    assert {b: found.at(b) for b in found.blocks()} == {1: (5, 20), 2: (5, 20), 3: (5, 20)}
+    assert {b: found.at(b) for b in found.blocks()} == {1: (7, 20), 2: (7, 20), 3: (7, 20)}
 
 
 def test_locate_passes_its_options_on(in_workspace: Path) -> None:
