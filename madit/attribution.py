@@ -253,8 +253,8 @@ def _fill(table: xr.Dataset, name: str, result: np.ndarray, chosen: list[tuple[i
     dims = (BLOCK, CHANNEL, "factor")[: 1 + result.ndim]
     blank = False if result.dtype == bool else np.nan
     values = np.full([table.sizes[d] for d in dims], blank, result.dtype)
-    at_block = [table.get_index(BLOCK).get_loc(b) for b, _ in chosen]
-    at_channel = [table.get_index(CHANNEL).get_loc(c) for _, c in chosen]
+    at_block = table.get_index(BLOCK).get_indexer([b for b, _ in chosen])
+    at_channel = table.get_index(CHANNEL).get_indexer([c for _, c in chosen])
     values[at_block, at_channel] = np.moveaxis(result, -1, 0)
     table[name] = (dims, values)
 

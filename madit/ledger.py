@@ -58,7 +58,7 @@ def ledger(
     _expect_every_block(write, h, hint)
     so_far = h0 + write.fillna(0.0).sum(KIND).cumsum(BLOCK).sel({BLOCK: h[BLOCK]})
     median = state["median_abs"].where(mask).mean(SAMPLE).compute()
-    closure = np.abs(h - so_far).max(SAMPLE)
+    closure = abs(h - so_far).max(SAMPLE)
     book = xr.Dataset(
         {
             "embedding": h0.mean(SAMPLE),
@@ -127,7 +127,7 @@ def _gates(modulation: xr.Dataset, kinds: xr.DataArray, followed: dict[str, list
             continue
         gate = modulation[name].where(mask)
         gates.append(gate.sel(followed).mean(SAMPLE).expand_dims({KIND: [kind]}))
-        size = np.abs(gate)
+        size = abs(gate)
         median = size.fillna(0.0).median(CHANNEL)  # a block that lacks the gate has no median, and no ratio
         ratio = size.sel(followed) / median.where(median > 0)
         ratios.append(ratio.mean(SAMPLE).expand_dims({KIND: [kind]}))

@@ -246,7 +246,7 @@ def _entry(cell: xr.Dataset, steps: np.ndarray, stream: str, seed: int, everywhe
     """One channel's evidence from its (sample, step) cells; `steps` are those at which it is massive."""
     eligible = cell["recorded"] & xr.DataArray(steps, dims=STEP)
     inside = eligible if everywhere else eligible & cell["passes"]
-    median = {k: float(cell[k].where(inside).median()) for k in ("ratio", "constancy", "magnitude", "coverage")}
+    median: dict[str, Any] = {k: float(cell[k].where(inside).median()) for k in ("ratio", "constancy", "magnitude", "coverage")}
     signs = {int(s) for s in np.sign(cell["mean"].values[inside.values])}
     passed = cell["passes"].where(eligible).mean(STEP).values
     ratios = cell["ratio"].where(inside).values
@@ -269,7 +269,7 @@ def _entry(cell: xr.Dataset, steps: np.ndarray, stream: str, seed: int, everywhe
     )
 
 
-def _interval(statistic: Callable, counts: np.ndarray, seed: int) -> tuple[float | None, float | None]:
+def _interval(statistic: Callable, counts: Any, seed: int) -> tuple[float | None, float | None]:
     """95 % percentile bootstrap interval of a statistic of sample indices (draw, sample) -> (draw,).
 
     `counts` says which samples have a value: a draw without any has no statistic. None for a single sample.
@@ -331,10 +331,11 @@ def _evidence(cells: xr.Dataset, positional: Pairs, found: int) -> dict[str, Any
 def _where(seen: xr.Dataset, name: str, cells: xr.Dataset) -> dict[str, Any] | None:
     """The largest value seen and its place; None where no cell has a usable median."""
     values = seen[name].transpose(SAMPLE, STEP, BLOCK)
-    at = dict(zip(values.dims, np.unravel_index(int(values.values.argmax()), values.shape), strict=True))
+    index = np.unravel_index(int(values.values.argmax()), values.shape)
+    at = {d: int(i) for d, i in zip((SAMPLE, STEP, BLOCK), index, strict=True)}
     if not float(values.isel(at)) >= 0:
         return None
     channel = int(seen[f"{name}_channel"].isel(at))
-    place = {d: int(seen[d].isel({d: i})) if d in seen.coords else int(i) for d, i in at.items()}
+    place = {d: int(seen[d].isel({d: i})) if d in seen.coords else i for d, i in at.items()}
     sigma = float(_sigma(cells)[at[STEP]])
     return {"ratio": float(values.isel(at)), "channel": int(cells[CHANNEL][channel]), "sigma": sigma, **place}

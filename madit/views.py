@@ -66,7 +66,7 @@ def n_blocks(tree: xr.DataTree) -> int:
     said = tree.attrs.get("n_blocks")
     if said is not None:
         return int(said)
-    return 1 + max(int(node[BLOCK].max()) for node in tree.subtree if node.has_data and BLOCK in node.coords)
+    return 1 + max(int(node.coords[BLOCK].max()) for node in tree.subtree if BLOCK in node.coords)
 
 
 def recorded(data: xr.Dataset) -> xr.DataArray:
