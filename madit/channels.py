@@ -167,8 +167,7 @@ class ChannelSet(Record):
         entries = tuple(
             e
             for e in self.entries
-            if (keep_blocks is None or e.block in keep_blocks)
-            and (keep_channels is None or e.channel in keep_channels)
+            if (keep_blocks is None or e.block in keep_blocks) and (keep_channels is None or e.channel in keep_channels)
         )
         return self.model_copy(update={"entries": entries})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ def names() -> tuple[str, ...]:
 def path(name: str) -> Path:
     """The folder of an embedded model; raises `KeyError` on other names."""
     return _HERE / _FOLDERS[name]
+
+
+def facts(name: str) -> dict[str, Any]:
+    """How an embedded model was made: `description`, `notes`, `constructed`, and if planted `channels` and `block`."""
+    return json.loads((path(name) / "facts.json").read_text())
+
+
+def along_training(name: str = "shapes") -> Any:
+    """Statistics of an embedded model's block outputs at snapshots of its training, as an xarray Dataset."""
+    import xarray as xr
+
+    return xr.load_dataset(path(name) / "along_training.nc", engine="scipy")
 
 
 def load_pipeline(model: str, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ mislead it; the texture classifier sees noise but no blur.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class ShapesClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         sizes = [3, width, width, 2 * width, 2 * width]
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (a, b) in enumerate(pairwise(sizes)):
             layers += [nn.Conv2d(a, b, 3, padding=1, stride=1 + i % 2), nn.GroupNorm(8, b), nn.GELU()]
         self.features = nn.Sequential(*layers)
         self.hidden = nn.Linear(2 * width * 64, 128)

@@ -127,9 +127,7 @@ def captions(labels: dict[str, np.ndarray], rng: np.random.Generator | None = No
 def _signed_distance(shape: np.ndarray, y: np.ndarray, x: np.ndarray, r: np.ndarray) -> np.ndarray:
     """Signed distance (pixels, negative inside) to each row's shape; y, x: (n, row, column), r: (n, 1, 1)."""
     box = np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
-    arm = np.minimum(
-        np.maximum(np.abs(x) - r, np.abs(y) - 0.42 * r), np.maximum(np.abs(y) - r, np.abs(x) - 0.42 * r)
-    )
+    arm = np.minimum(np.maximum(np.abs(x) - r, np.abs(y) - 0.42 * r), np.maximum(np.abs(y) - r, np.abs(x) - 0.42 * r))
     slope = np.sqrt(5.0)
     triangle = np.maximum((2 * np.abs(x) - y - r) / slope, y - 0.85 * r)
     candidates = np.stack([np.hypot(x, y) - r, box, triangle, arm])
@@ -151,7 +149,7 @@ def render(labels: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarra
     x = _column[None] - centre[:, 1, None, None]
     mask = np.clip(0.5 - _signed_distance(labels["shape"], y, x, radius[:, None, None]), 0, 1)
     paint = _DARK + (1 - _DARK) * _PATTERNS[labels["texture"]]
-    picture = mask[:, None] * (colour[:, :, None, None] * paint[:, None]) + (1 - mask[:, None]) * ground[
-        :, None, None, None
-    ]
+    picture = (
+        mask[:, None] * (colour[:, :, None, None] * paint[:, None]) + (1 - mask[:, None]) * ground[:, None, None, None]
+    )
     return np.clip(picture, 0, 1).astype(np.float32)

@@ -92,6 +92,7 @@ class Trainable(nn.Module):
         return tokens, torch.cat([o.text_embeds for o in outputs], dim=-1)
 
     def forward(self, z: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+        """Velocity (batch, channel, row, column) at state `z`, noise level `sigma` (batch,) and token ids."""
         tokens, pooled = self.encode(ids)
         return self.transformer(z, tokens, pooled, 1000 * sigma, return_dict=False)[0]
 
@@ -104,6 +105,7 @@ class Batches:
         self.drop_caption, self.drop_word = drop_caption, drop_word
 
     def ids(self, texts: list[str]) -> Tensor:
+        """Token ids (batch, token) of captions."""
         return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,6 +247,7 @@ def _commands() -> Iterator[tuple[str, Callable[..., None], int]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = {name: (run, steps) for name, run, steps in _commands()}
     parser.add_argument("what", choices=commands)
