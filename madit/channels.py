@@ -126,6 +126,7 @@ class ChannelSet(Record):
     evidence: dict[str, Any] = Field(default_factory=dict)
 
     def model_post_init(self, _: Any) -> None:
+        """Check the entries against the model's size; raises `ConfigError`."""
         for e in self.entries:
             if e.block >= self.n_blocks or e.channel >= self.width:
                 raise ConfigError(
