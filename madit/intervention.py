@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from madit import calls
 from madit.arch import BoundBlock
@@ -53,6 +55,7 @@ def intervene(
     tokens: Any = None,
     stream: str = "img",
     layernorm: Literal["live", "frozen"] = "live",
+    reader: str | None = None,
 ) -> Iterator[DiT]:
     """Edit the state entering chosen blocks, in and out of nnsight traces; undone on exit, also after an exception.
 
@@ -77,6 +80,9 @@ def intervene(
         layernorm: `"frozen"` lets every image-stream LayerNorm from the first edited block on, and the final one, use
             the mean and deviation that each token has in a clean forward on the same input, so that an effect cannot
             come from the LayerNorm's gain. It costs that forward.
+        reader: None edits the state itself; the name of an image-stream LayerNorm of the block (`"norm1.norm"`,
+            `"norm2"`, ...) edits only what that norm sees, so the channel is hidden from the norm's reader (attention
+            or MLP of this block) and stays in the residual stream for everything after.
 
     Yields:
         The `DiT`.
@@ -104,6 +110,7 @@ def intervene(
     if branch != "all" and branch not in BRANCHES:
         raise ConfigError(f'expected branch "all" or one of {BRANCHES}, got {branch!r}')
     edits = _edits(dit, channels, [b.index for b in bound], mode, factor, as_tokens(tokens), stream)
+    _check_reader(bound, reader, stream)
     wanted = _step_filter(steps)
     touched: set[int] = set()
     with ExitStack() as stack:
@@ -117,9 +124,18 @@ def intervene(
 
         frozen = FrozenNorms(dit, bound[0].index, rows) if layernorm == "frozen" else None
         for block in bound:
-            hook = _editing(block, edits[block.index], stream, rows, tracker, frozen, touched)
-            handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[attr-defined]
-            stack.callback(handle.remove)
+
+            def change(h: Tensor, index: int = block.index) -> Tensor | None:
+                where = rows()
+                if not where or (frozen is not None and frozen.recording):
+                    return None
+                touched.add(index)
+                # From what the transformer received, so that it holds outside a pipeline run too.
+                sigma = tracker.current.timestep / dit.family.timestep_scale / 1000.0  # type: ignore[union-attr]
+                return edits[index](h, where, sigma)
+
+            for handle in _attach(block, stream, reader, change):
+                stack.callback(handle.remove)
         if frozen is not None:
             stack.enter_context(frozen)
         yield dit
@@ -266,26 +282,37 @@ def _step_filter(steps: Iterable[int] | tuple[int, int] | None) -> Callable[[int
     return lambda step: step in chosen
 
 
-def _editing(
-    block: BoundBlock,
-    edit: Edit,
-    stream: str,
-    rows: Callable[[], dict[str, slice]],
-    tracker: calls.CallTracker,
-    frozen: FrozenNorms | None,
-    touched: set[int],
-) -> Callable[..., Any]:
-    """The pre-hook that edits what enters one block."""
-    argument = Argument(block.module, block.table.inputs[stream])
-    scale = tracker.family.timestep_scale
+def _check_reader(blocks: list[BoundBlock], reader: str | None, stream: str) -> None:
+    if reader is None:
+        return
+    for block in blocks:
+        if stream != "img" or reader not in block.table.norms:
+            raise SiteError(
+                f"expected reader=None or an image-stream LayerNorm of block {block.index} "
+                f"({', '.join(block.table.norms)}), got {reader!r} on stream {stream!r}"
+            )
 
-    def hook(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        where = rows()
-        if not where or (frozen is not None and frozen.recording):
-            return None
-        # From what the transformer received, so that it holds outside a pipeline run too.
-        sigma = tracker.current.timestep / scale / 1000.0  # type: ignore[union-attr]
-        touched.add(block.index)
-        return argument.put(edit(argument.get(args, kwargs), where, sigma), args, kwargs)
 
-    return hook
+def _attach(
+    block: BoundBlock, stream: str, reader: str | None, change: Callable[[Tensor], Tensor | None]
+) -> Iterator[Any]:
+    """Hook `change` to the state entering a block, or to what one of its LayerNorms sees; yields the handles."""
+    module: Any = block.module
+    argument = Argument(module, block.table.inputs[stream])
+    tokens = 0
+
+    def on_state(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        nonlocal tokens
+        state = argument.get(args, kwargs)
+        tokens = state.shape[1]
+        changed = None if reader is not None else change(state)
+        return None if changed is None else argument.put(changed, args, kwargs)
+
+    def on_norm(_: Any, args: tuple) -> tuple | None:
+        text = args[0].shape[1] - tokens  # a joint norm sees text tokens, then image tokens
+        changed = change(args[0][:, text:])
+        return None if changed is None else (torch.cat([args[0][:, :text], changed], dim=1), *args[1:])
+
+    yield module.register_forward_pre_hook(on_state, with_kwargs=True)
+    if reader is not None:
+        yield module.get_submodule(reader).register_forward_pre_hook(on_norm)

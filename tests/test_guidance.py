@@ -1,27 +1,18 @@
 from __future__ import annotations
 
-import copy
-from contextlib import contextmanager
-
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
-from editing import MAKERS, hooks, inputs, is_flux, run
+from editing import CONFIG, MAKERS, all_blocks, by_hand, close, disrupted, inputs, is_flux, run
 
-from madit import ChannelSet, DiT, GuidanceConfig, guide, intervene, tracing
+from madit import ChannelSet, DiT, GuidanceConfig, guide, intervene
 from madit.channels import ChannelEntry
 from madit.errors import (
-    ConfigError,
-    ModelMismatchError,
     NothingEditedError,
     SiteError,
-    UnsupportedPipelineError,
 )
 from madit.guidance import Degrader
-from madit.passes import bound
-from madit.zoo.small import small_flux, small_sd3
-
-CONFIG = GuidanceConfig(block=2, channels=(3, 5), scale=1.7, factor=-12.0)
+from madit.zoo.small import small_sd3
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -32,78 +23,6 @@ def pipeline(request):
 @pytest.fixture(scope="module")
 def sd3():
     return small_sd3()
-
-
-def all_blocks(pipeline):
-    t = pipeline.transformer
-    return [*t.transformer_blocks, *getattr(t, "single_transformer_blocks", ())]
-
-
-@contextmanager
-def disrupted(pipeline, config=CONFIG):
-    """A second implementation of the disruption: a plain hook."""
-
-    def hook(module, args, kwargs):
-        h = kwargs["hidden_states"].clone()
-        tokens = list(config.tokens) if config.tokens is not None else list(range(h.shape[1]))
-        for c in config.channels:
-            h[:, tokens, c] *= config.factor
-        return args, {**kwargs, "hidden_states": h}
-
-    handle = all_blocks(pipeline)[config.block].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def captured(pipeline, **more):
-    """The arguments of each call of the transformer in an ordinary run."""
-    found = []
-    handle = pipeline.transformer.register_forward_pre_hook(lambda m, a, k: found.append(k), with_kwargs=True)
-    run(pipeline, **more)
-    handle.remove()
-    return found
-
-
-def by_hand(pipeline, config, cfg, skip_scale=0.0, guided_steps=None, **more):
-    """A scheduler loop that writes the formula out: D(0) + g (D(c) - D(0)) + w (D(c) - D_m(c)) + skip-layer term."""
-    found = captured(pipeline, cfg=cfg, **more)
-    scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler._step_index = None
-    for name in ("step", "set_timesteps"):  # a tracker's, inside a context
-        vars(scheduler).pop(name, None)
-    timesteps = scheduler.timesteps[scheduler.begin_index or 0 :]
-    per_step = len(found) // len(timesteps)
-    batched = not is_flux(pipeline) and cfg > 1
-    latents = found[0]["hidden_states"]
-    latents = latents[: len(latents) // 2] if batched else latents
-    predict = lambda k, z: pipeline.transformer(**{**k, "hidden_states": z})[0]  # noqa: E731
-    for i, t in enumerate(timesteps):
-        calls = found[i * per_step : (i + 1) * per_step]
-        uncond, skip = None, None
-        if batched:
-            uncond, cond = predict(calls[0], torch.cat([latents] * 2)).chunk(2)
-            n = len(latents)
-            only = {k: v[n:] if isinstance(v, torch.Tensor) else v for k, v in calls[0].items()}
-            skip = predict(calls[1], latents) if per_step == 2 else None
-        else:
-            only = calls[0]
-            cond = predict(only, latents)
-            uncond = predict(calls[1], latents) if per_step == 2 else None
-        with disrupted(pipeline, config):
-            degraded = predict(only, latents)
-        noise = cond if uncond is None else uncond + cfg * (cond - uncond)
-        if guided_steps is None or i in guided_steps:
-            noise = noise + config.scale * (cond - degraded)
-        if skip is not None:
-            noise = noise + skip_scale * (cond - skip)
-        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
-    return latents
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -321,140 +240,3 @@ def test_a_config_switched_off_midway_by_a_callback(sd3):
     assert rows == [2, 1, 2, 1, 1, 1, 1, 1]
     with guide(sd3, CONFIG):
         close(run(sd3, steps=4, cfg=3.0, **more), guided)
-
-
-def test_undone_after_an_exception_and_with_nnsight(pipeline):
-    def fail(pipeline, step, timestep, state):
-        raise RuntimeError("stop here")
-
-    dit = DiT(pipeline)
-    clean = run(pipeline)
-    with guide(pipeline, CONFIG):
-        guided = run(pipeline)
-    assert dit.model is not None  # wraps every module
-    wrappers = {name: vars(m).get("forward") for name, m in pipeline.transformer.named_modules()}
-    before = hooks(pipeline.transformer)
-    with pytest.raises(RuntimeError, match="stop here"), guide(pipeline, CONFIG):
-        run(pipeline, callback_on_step_end=fail)
-    assert hooks(pipeline.transformer) == before
-    assert {name: vars(m).get("forward") for name, m in pipeline.transformer.named_modules()} == wrappers
-    assert torch.equal(run(pipeline), clean)
-    with guide(pipeline, CONFIG):
-        assert torch.equal(run(pipeline), guided)
-
-
-def test_a_recording_of_a_guided_run_sees_the_pipelines_own_calls(pipeline):
-    """The degraded forward is no call of the transformer: labels stay, and states are those of the guided run."""
-    dit = DiT(pipeline)
-    more = {"height": 32, "width": 32, "true_cfg_scale": 3.0, "negative_prompt": "dog"} if is_flux(pipeline) else {
-        "guidance_scale": 3.0
-    }  # fmt: skip
-    seen = []
-
-    def sink(call, site, value):
-        seen.append((call.step, site.block, tuple(call.rows), value.clone()))
-
-    sites = [dit.site(f"blocks.{b}.img.resid_post") for b in (0, 2, 3)]
-
-    def visit():
-        seen.clear()
-        generator = torch.Generator().manual_seed(0)
-        result = tracing.visit(dit, sites, sink, prompt="a red cat", num_inference_steps=2, max_sequence_length=8,
-                               output_type="latent", generator=generator, **more)  # fmt: skip
-        return result.images, list(seen)
-
-    _, unguided = visit()
-    with guide(dit, CONFIG):
-        images, recorded = visit()
-        assert torch.equal(images, run(pipeline, cfg=3.0))
-    assert [s[:3] for s in recorded] == [s[:3] for s in unguided]
-    first = [torch.equal(a[3], b[3]) for a, b in zip(recorded, unguided, strict=True) if a[0] == 0]
-    second = [torch.equal(a[3], b[3]) for a, b in zip(recorded, unguided, strict=True) if a[0] == 1]
-    assert all(first)
-    assert not any(second)
-
-
-def test_an_edit_of_the_model_reaches_the_degraded_forward(pipeline):
-    """Both orders: D and D_m are those of the edited model, so the formula holds on it."""
-    with intervene(pipeline, [7], blocks=[1], factor=20.0):
-        expected = by_hand(pipeline, CONFIG, 1.0)
-        with guide(pipeline, CONFIG):
-            close(run(pipeline), expected)
-    with guide(pipeline, CONFIG), intervene(pipeline, [7], blocks=[1], factor=20.0):
-        close(run(pipeline), expected)
-    with guide(pipeline, CONFIG):
-        assert not torch.allclose(run(pipeline), expected, atol=1e-3)
-
-
-def test_an_edit_of_the_degraded_branch_only(sd3):
-    """Disrupting the degraded branch again by `intervene` multiplies the factors, and leaves D(c) alone."""
-    with guide(sd3, CONFIG), intervene(sd3, [3, 5], blocks=[2], factor=2.0, branch="degraded"):
-        guided = run(sd3)
-    with guide(sd3, CONFIG.replace(factor=-24.0)):
-        close(run(sd3), guided)
-
-
-def test_image_prompts_are_not_lost_to_the_degraded_forward(sd3, monkeypatch):
-    """SD3's forward takes `ip_adapter_image_embeds` out of its dictionary, and both forwards need their rows of it."""
-    sizes = []
-
-    class ImageProjection(torch.nn.Module):
-        def forward(self, embeds, timestep):
-            sizes.append((len(embeds), len(timestep)))
-            return embeds, timestep
-
-    sd3.transformer.image_proj = ImageProjection()
-    with guide(sd3, CONFIG):
-        run(sd3, steps=2, cfg=3.0, joint_attention_kwargs={"ip_adapter_image_embeds": torch.randn(2, 4, 8)})
-    del sd3.transformer.image_proj
-    assert sizes == [(2, 2), (1, 1)] * 2
-
-
-def test_arguments_are_bound_by_name_with_dictionaries_copied(sd3):
-    kept = {"scale": 1.0}
-    named = bound(sd3.transformer, ("latent", "text"), {"joint_attention_kwargs": kept})
-    assert named == {"hidden_states": "latent", "encoder_hidden_states": "text", "joint_attention_kwargs": kept}
-    assert named["joint_attention_kwargs"] is not kept
-
-
-def test_half_precision_keeps_the_identities():
-    pipeline = small_sd3().to(torch.bfloat16)
-    clean = run(pipeline, cfg=3.0)
-    assert clean.dtype == torch.bfloat16
-    with guide(pipeline, CONFIG.replace(scale=0.0), shortcut=False):
-        assert torch.equal(run(pipeline, cfg=3.0), clean)
-    with guide(pipeline, CONFIG):
-        assert not torch.equal(run(pipeline, cfg=3.0), clean)
-
-
-def test_frozen_layernorm_is_refused_under_guidance(sd3):
-    with (
-        pytest.raises(UnsupportedPipelineError, match="degraded forward"),
-        guide(sd3, CONFIG),
-        intervene(sd3, [7], blocks=[1], layernorm="frozen"),
-    ):
-        run(sd3)
-
-
-def test_refusals(sd3, monkeypatch):
-    class Renormalising(type(sd3)):
-        pass
-
-    with pytest.raises(UnsupportedPipelineError, match="Renormalising"), guide(Renormalising(**sd3.components), CONFIG):
-        pass
-    with pytest.raises(ConfigError, match="GuidanceConfig"), guide(sd3, {"block": 2}):  # type: ignore[arg-type]
-        pass
-    for change in ({"block": 4}, {"channels": (3, 32)}):
-        with (
-            pytest.raises(ModelMismatchError, match="below 4 and channels below 32"),
-            guide(sd3, CONFIG.replace(**change)),
-        ):
-            pass
-    with (
-        pytest.raises(ModelMismatchError, match="FluxTransformer2DModel"),
-        guide(sd3, CONFIG.replace(model=DiT(small_flux()).fingerprint.model_dump())),
-    ):
-        pass
-    monkeypatch.setattr(type(sd3.transformer), "is_cache_enabled", True, raising=False)
-    with pytest.raises(UnsupportedPipelineError, match="disable_cache"), guide(sd3, CONFIG):
-        pass

@@ -4,13 +4,11 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, QwenImageTransformer2DModel
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
-from editing import hooks, run
+from editing import CONFIG, close, hooks, run
 
 from madit import DetailGuidance, DiT, GuidanceConfig, guide
 from madit.errors import ConfigError, ModelMismatchError, UnknownFamilyError
 from madit.zoo.small import small_sd3, small_sd35
-
-CONFIG = GuidanceConfig(block=2, channels=(3, 5), scale=1.7, factor=-12.0)
 
 
 @pytest.fixture(scope="module", params=[small_sd3, small_sd35])
@@ -38,10 +36,6 @@ def generate(modular, guider, steps=2, **more):
         output="latents",
         **more,
     )
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from editing import MAKERS, hooks, inputs, is_flux, run
+from editing import MAKERS, all_blocks, hooks, inputs, is_flux, run
 from torch import nn
 
 from madit import DiT, controls, intervene
@@ -11,11 +11,6 @@ from madit.channels import ChannelEntry, ChannelSet
 from madit.errors import ConfigError, ModelMismatchError, NothingEditedError, SiteError
 from madit.intervention import NormMatched
 from madit.zoo.small import small_flux, small_sd3
-
-
-def all_blocks(pipeline) -> list[nn.Module]:
-    t = pipeline.transformer
-    return [*t.transformer_blocks, *getattr(t, "single_transformer_blocks", ())]
 
 
 class ByHand:
@@ -243,6 +238,27 @@ def test_frozen_layernorm_is_the_clean_statistics_by_hand(pipeline):
     assert not torch.allclose(unedited, expected, atol=1e-2)
 
 
+def test_hidden_from_one_reader_only(pipeline):
+    """A hook on the norm's input by hand; the residual stream itself keeps the channel."""
+    for index, reader in ((1, "norm1.norm"), (1, "norm2"), (3, "norm.norm" if is_flux(pipeline) else "norm2")):
+        block = all_blocks(pipeline)[index]
+        norm = block.get_submodule(reader)
+        joint = reader == "norm.norm"
+
+        def hide(module, args, joint=joint):
+            x = args[0].clone()
+            x[:, 5 if joint else 0 :, 3] *= 30.0
+            return (x,)
+
+        handle = norm.register_forward_pre_hook(hide)
+        expected = pipeline.transformer(**inputs(pipeline))[0]
+        handle.remove()
+        with intervene(pipeline, [3], blocks=[index], factor=30.0, reader=reader):
+            assert torch.equal(pipeline.transformer(**inputs(pipeline))[0], expected)
+        with intervene(pipeline, [3], blocks=[index], factor=30.0):
+            assert not torch.allclose(pipeline.transformer(**inputs(pipeline))[0], expected, atol=1e-3)
+
+
 def test_frozen_layernorm_reads_the_clean_run_once_per_call_of_the_pipeline(pipeline):
     with intervene(pipeline, [3], blocks=[2], factor=1.0, layernorm="frozen"):
         identity = run(pipeline, steps=3, cfg=3.0)
@@ -262,6 +278,7 @@ def test_frozen_layernorm_reads_the_clean_run_once_per_call_of_the_pipeline(pipe
         (ConfigError, "layernorm", {"layernorm": "cold"}),
         (ConfigError, "layernorm", {"layernorm": "frozen", "stream": "txt"}),
         (ConfigError, "branch", {"branch": "left"}),
+        (SiteError, r"norm1.norm, norm2\), got 'norm9'", {"reader": "norm9"}),
         (ConfigError, "finite", {"factor": float("nan")}),
         (ConfigError, "steps", {"steps": (3, 1)}),
         (ConfigError, "steps", {"steps": (1, 2, 3)}),
