@@ -66,8 +66,9 @@ def locate(
         CriterionError: if the stored quantiles can't answer `coverage`, or a parameter makes no sense.
         StoreError: if this is no run, or it lacks the stream or branch.
 
-    >>> channels = locate("run.zarr", ratio=50)  # doctest: +SKIP
-    >>> print(summary(channels))  # doctest: +SKIP
+    >>> channels = locate("run.zarr", ratio=50)
+    >>> channels.at(2)
+    (7, 20)
 
     Source: Sun et al. 2024 (arXiv 2402.17762) for the magnitude; Detail Guidance (arXiv 2510.11538) for "at all
     image tokens, in a few fixed channels".
@@ -127,6 +128,10 @@ def profile(
 
     Raises:
         CriterionError, StoreError: as in `locate`.
+
+    >>> cells = profile("run.zarr")
+    >>> int(cells.passes.sum("channel").sel(block=2).min())
+    2
     """
     tree = as_tree(tree)
     expect_kind(tree, "run", "locate reads what madit.record wrote")
@@ -160,7 +165,11 @@ def profile(
 
 
 def summary(channels: ChannelSet) -> str:
-    """What `locate` found, in one line for each block and one for what was seen beside it."""
+    """What `locate` found, in one line for each block and one for what was seen beside it.
+
+    >>> summary(locate("run.zarr")).splitlines()[0]
+    'block 1: 7 (ratio ...), 20 (ratio ...)'
+    """
     evidence, rules = channels.evidence, channels.criterion
     lines = []
     for block in channels.blocks(rules.get("stream", "img")):
@@ -246,7 +255,9 @@ def _entry(cell: xr.Dataset, steps: np.ndarray, stream: str, seed: int, everywhe
     """One channel's evidence from its (sample, step) cells; `steps` are those at which it is massive."""
     eligible = cell["recorded"] & xr.DataArray(steps, dims=STEP)
     inside = eligible if everywhere else eligible & cell["passes"]
-    median: dict[str, Any] = {k: float(cell[k].where(inside).median()) for k in ("ratio", "constancy", "magnitude", "coverage")}
+    median: dict[str, Any] = {
+        k: float(cell[k].where(inside).median()) for k in ("ratio", "constancy", "magnitude", "coverage")
+    }
     signs = {int(s) for s in np.sign(cell["mean"].values[inside.values])}
     passed = cell["passes"].where(eligible).mean(STEP).values
     ratios = cell["ratio"].where(inside).values
