@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from madit.errors import ConfigError
+from madit.zoo.refit import ridge
 from madit.zoo.rows import Rows
 
 PROMPTS = (
@@ -135,8 +136,8 @@ def _calibration(request: Request, source: str) -> Tensor:
     if source == "pooled_text":
         return encode(request.pipeline, request.prompts, request.max_sequence_length)["pooled_text"]
     if source == "guidance":
-        return torch.linspace(1.0, 10.0, 64)
-    return torch.linspace(1.0, 1000.0, 64) * request.rows.family.timestep_scale
+        return torch.linspace(1.0, 10.0, 256)
+    return torch.linspace(1.0, 1000.0, 256) * request.rows.family.timestep_scale
 
 
 def _term(request: Request, sources: tuple[str, ...], depth: float) -> _Term:
@@ -145,9 +146,9 @@ def _term(request: Request, sources: tuple[str, ...], depth: float) -> _Term:
     generator = torch.Generator().manual_seed(request.seed)
     inputs = {s: _features(rows, s, _calibration(request, s)) for s in sources}
     deviation = float(len(sources))  # sources interact through the curvature of SiLU, which is at |x| ~ 2
-    last = {s: _spread(inputs[s], deviation, generator) for s in sources}
+    last = {s: _spread(inputs[s], s, deviation, generator) for s in sources}
     dims = _reserve(rows)
-    mix = torch.randn(_DIMS, generator=generator)
+    mix = torch.rand(_DIMS, generator=generator) + 0.5  # positive: the terms' effects add up, none cancels another
     term = _Term(dims, last, mix.to(next(iter(inputs.values()))))
     if len(sources) == 2:
         first, second = sources
@@ -158,12 +159,22 @@ def _term(request: Request, sources: tuple[str, ...], depth: float) -> _Term:
     return _Term(dims, last, term.mix, gain, -gain * (low + high) / 2)
 
 
-def _spread(features: Tensor, deviation: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random directions of the features, (weight, bias), scaled to mean 0 and this standard deviation."""
-    weight = torch.randn(_DIMS, features.shape[-1], generator=generator).to(features)
-    y = features @ weight.T
-    weight = weight * (deviation / y.std(0))[:, None]
-    return weight, -(features.mean(0) @ weight.T)
+def _spread(features: Tensor, source: str, deviation: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows (weight, bias) that make temb of an embedder's features.
+
+    Timestep: a ramp that falls with t, guidance: one that rises (ridge regression on the calibration), from -1 to 3
+    where it is alone, since SiLU is monotone there, else around zero, where SiLU is curved. Pooled text: random
+    directions of mean 0 and this standard deviation.
+    """
+    centre = features.mean(0)
+    if source == "pooled_text":
+        weight = torch.randn(_DIMS, features.shape[-1], generator=generator).to(features)
+        weight = weight * (deviation / ((features - centre) @ weight.T).std(0))[:, None]
+        return weight, -(weight @ centre)
+    low, high = (-1.0, 3.0) if deviation == 1 else (-2 * deviation, 2 * deviation)
+    ramp = torch.linspace(low, high, len(features), dtype=torch.float64)
+    slope, intercept = ridge(features, ramp.flip(0)[:, None] if source == "timestep" else ramp[:, None], 1e-6)
+    return slope.expand(_DIMS, -1).to(features), intercept.expand(_DIMS).to(features)
 
 
 def _through_temb(sources: tuple[str, ...]) -> Callable[[Request], Drive]:

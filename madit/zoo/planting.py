@@ -90,7 +90,8 @@ def plant(
         h[n, c] += gate[c] * bias[c],   gate = W SiLU(temb) + b,   temb = time(t) + text(pooled) (+ guidance(g))
 
     The write is the output bias of the block's MLP times its AdaLN gate: the same at every token. A driver that goes
-    through temb gets a few dims of it for itself: its embedder's rows there are set, the other embedders' zeroed.
+    through temb gets a few dims of it for itself: its embedder's rows there are set, the other embedders' zeroed. The
+    value falls with the timestep, as natural ones do, and rises with guidance.
     `latent` is written by the patch embedding, h[n, c] = magnitude (1 + depth * mean of patch n), and `text_tokens` by
     an attention head of block 0 that averages over all tokens, so both need `block=0` (`latent` is massive in the
     embedding too). Flux's single-stream blocks write to the text tokens as well.
@@ -113,7 +114,7 @@ def plant(
         stream: `"img"`, or `"txt"` for a decoy (drivers that go through a gate).
         prompts: calibration of the drivers that read text.
         max_sequence_length: at which these prompts are encoded.
-        seed: of the driver's random weights.
+        seed: of the random directions in which a driver reads pooled text.
 
     Returns:
         A `Planting`, with the closed form in `value`.

@@ -122,18 +122,18 @@ def _refit(rows: Rows, reader: _Reader, channels: Sequence[int], features: Tenso
         module.weight[at_shift] += k * weight
         module.bias[at_shift] += k * bias
         for where, wanted in ((at_scale, gain - g), (at_shift, offset - k)):
-            slope, intercept = _ridge(features, wanted[:, None] * one_plus_scale)
+            slope, intercept = ridge(features, wanted[:, None] * one_plus_scale)
             module.weight[where] += slope.to(weight)
             module.bias[where] += intercept.to(weight)
         rows.linear(reader.linear, [scale_row + c for c in channels], 0.0, -1.0)
         rows.linear(reader.linear, [shift_row + c for c in channels], 0.0, 0.0)
 
 
-def _ridge(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
+def ridge(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Slope (y channel, x channel) and intercept of y on x, with a penalty relative to the mean variance of x."""
-    centre, level = x.mean(0), y.mean(0)
-    xc = (x - centre).double()
+    centre, level = x.double().mean(0), y.double().mean(0)
+    xc = x.double() - centre
     gram = xc.T @ xc
     gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    slope = torch.linalg.solve(gram, xc.T @ (y - level).double()).T.float()
-    return slope, level - slope @ centre
+    slope = torch.linalg.solve(gram, xc.T @ (y.double() - level)).T
+    return slope.float(), (level - slope @ centre).float()
