@@ -185,7 +185,7 @@ def test_provenance_holds_settings_model_and_versions(page):
 
 
 def test_the_page_is_the_same_for_the_same_data(results, tmp_path):
-    few = ModelResults("m", run=results.run, channels=results.channels)
+    few = ModelResults("m", channels=results.channels, effects=results.effects)
     texts = [write_report(tmp_path / f"{i}.html", few).read_text(encoding="utf-8") for i in range(2)]
     cleaned = [re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", t) for t in texts]
     assert cleaned[0] == cleaned[1]

@@ -123,8 +123,11 @@ def channel_profile(
                 )  # fmt: skip
         more = f" ({len(massive)} massive)" if len(massive) > 6 else ""
         ax.set(yscale="log", title=f"block {block}{more}")
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     top = max(float(value.max()), ratio) * 3
-    axes[0].set_ylim(0.5 * float(value.min()) or 1e-3, top)
+    bottom = 0.3 * float(value.quantile(0.05))  # some channels are all but dead: they would flatten the rest
+    axes[0].set_ylim(bottom if bottom > 0 else 1e-3, top)
+    _plain_log(axes[0])
     figure.supxlabel("channel of the residual stream", size=10)
     figure.supylabel(_RATIO_LABEL, size=10)
     return figure

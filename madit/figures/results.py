@@ -90,11 +90,13 @@ def image_grid(images: Mapping[str, Any], captions: Sequence[str] | None = None,
     rows = {name: as_images(pictures)[:columns] for name, pictures in images.items()}
     n = max(len(pictures) for pictures in rows.values())
     side = 5.2 / n
-    figure = Figure(figsize=(6.5, (side + 0.05) * len(rows) + (0.75 if captions is not None else 0.1)))
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    above = [wrap(str(caption), max(10, int(side * 14))) for caption in (captions if captions is not None else ())][:n]
+    lines = max((text.count("\n") + 1 for text in above), default=0)
+    figure = Figure(figsize=(6.5, (side + 0.06) * len(rows) + 0.15 + 0.155 * lines))
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.05, wspace=0.02, hspace=0.0)
     grid = figure.subplots(len(rows), n, squeeze=False)
     for ax in grid.ravel():
-        ax.set(xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[], anchor="S")  # slack above, where captions are
         ax.grid(visible=False)
         for spine in ax.spines.values():
             spine.set_visible(False)
@@ -102,8 +104,8 @@ def image_grid(images: Mapping[str, Any], captions: Sequence[str] | None = None,
         grid[i, 0].set_ylabel(wrap(name, 16), rotation=0, ha="right", va="center", size=9)
         for ax, picture in zip(grid[i], pictures, strict=False):
             ax.imshow(picture, interpolation="nearest", vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
-    for ax, caption in zip(grid[0], captions if captions is not None else (), strict=False):
-        ax.set_title(wrap(str(caption), max(10, int(side * 14))), size=8, loc="center")
+    for ax, text in zip(grid[0], above, strict=False):
+        ax.set_title(text, size=8, loc="center")
     return figure
 
 
