@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit code of anything that the user can mend."""
 
-_UsageError = typer.BadParameter.__mro__[1]  # of the click that typer brings or depends on, by its release
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings or depends on, by its release
 
 
 class Verbs(TyperGroup):
@@ -38,8 +38,8 @@ class Verbs(TyperGroup):
                     raise
                 fail(str(error))
             except _UsageError as error:
-                where = error.ctx.command_path if getattr(error, "ctx", None) else "madit"  # type: ignore[attr-defined]
-                fail(f"{error.format_message()} `{where} --help` has an example.")  # type: ignore[attr-defined]
+                where = error.ctx.command_path if getattr(error, "ctx", None) else "madit"
+                fail(f"{error.format_message()} `{where} --help` has an example.")
 
 
 def fail(message: str) -> None:

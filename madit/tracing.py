@@ -143,7 +143,7 @@ def _needed(modulation: Modulation, kinds: set[tuple[str, str]], updates: list[U
 
 
 def _states(block: BoundBlock, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    names = list(inspect.signature(type(block.module).forward).parameters)[1:]
+    names = list(inspect.signature(type(block.module).forward).parameters)[1:]  # type: ignore[attr-defined]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {stream: given[name] for stream, name in block.table.inputs.items()}
 

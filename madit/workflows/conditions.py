@@ -121,7 +121,8 @@ def guidances(
         yield Condition(f"DG, w = {scale:g}", lambda changed=changed: guide(dit, changed))
     used = ChannelSet.of({config.block - 1: config.channels}, len(dit.blocks), dit.width)
     drawn = controls(used, "random", seed=seed)
-    other = config.replace(channels=drawn.at(config.block - 1), scale=scales[len(scales) // 2])
+    random = drawn.at(config.block - 1)  # type: ignore[union-attr]
+    other = config.replace(channels=random, scale=scales[len(scales) // 2])
     yield Condition(f"DG, random channels, w = {other.scale:g}", lambda: guide(dit, other), control=True)
     yield Condition(f"CFG only, {more_cfg:g}", control=True, pipe_kwargs={"guidance_scale": more_cfg})
 
