@@ -119,7 +119,7 @@ class _Term:
     offset: float = 0.0
 
     def raw(self, features: Mapping[str, Tensor]) -> Tensor:
-        temb = sum(features[s] @ w.T + b for s, (w, b) in self.last.items())
+        temb = torch.stack([features[s] @ w.T + b for s, (w, b) in self.last.items()]).sum(0)
         return nn.functional.silu(temb) @ self.mix
 
     def value(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -177,7 +177,7 @@ def _spread(features: Tensor, source: str, deviation: float, generator: torch.Ge
     return slope.expand(_DIMS, -1).to(features), intercept.expand(_DIMS).to(features)
 
 
-def _through_temb(sources: tuple[str, ...]) -> Callable[[Request], Drive]:
+def _through_temb(*sources: str) -> Callable[[Request], Drive]:
     def driver(request: Request) -> Drive:
         rows = request.rows
         missing = [s for s in sources if not hasattr(rows.transformer.time_text_embed, _EMBEDDERS[s])]
@@ -185,14 +185,14 @@ def _through_temb(sources: tuple[str, ...]) -> Callable[[Request], Drive]:
             raise ConfigError(f"expected a model that takes {missing[0]}, got {type(rows.transformer).__name__}")
         shared = request.interaction if len(sources) > 1 else 0.0
         if request.interaction and not shared:
-            raise ConfigError(f"expected interaction with driver 'both' only, got it with {sources[0]!r}")
+            raise ConfigError(f"expected interaction with driver 'both' only, got it with {', '.join(sources)!r}")
         terms = [_term(request, (s,), request.depth * (1 - shared) / len(sources)) for s in sources]
         if shared:
             terms.append(_term(request, sources, request.depth * shared))
 
         def value(inputs: Mapping[str, Tensor]) -> Tensor:
             features = {s: _features(rows, s, _need(inputs, s)) for s in sources}
-            return 1 + sum(term.value(features) for term in terms)
+            return 1 + torch.stack([term.value(features) for term in terms]).sum(0)
 
         def write(magnitude: float, signs: tuple[int, ...]) -> None:
             weight = torch.zeros(rows.width)
@@ -300,10 +300,10 @@ def encode(pipeline: Any, prompts: Sequence[str], max_sequence_length: int = 64)
 
 DRIVERS: dict[str, Callable[[Request], Drive]] = {
     "constant": constant,
-    "timestep": _through_temb(("timestep",)),
-    "pooled_text": _through_temb(("pooled_text",)),
-    "both": _through_temb(("timestep", "pooled_text")),
-    "guidance": _through_temb(("guidance",)),
+    "timestep": _through_temb("timestep"),
+    "pooled_text": _through_temb("pooled_text"),
+    "both": _through_temb("timestep", "pooled_text"),
+    "guidance": _through_temb("guidance"),
     "latent": latent,
     "text_tokens": text_tokens,
 }

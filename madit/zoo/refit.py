@@ -49,7 +49,7 @@ def _readers(rows: Rows, after: int) -> list[_Reader]:
         names = {name for m in block.modulation() if m.stream == "img" for name in m.names}
         for norm in block.table.norms:
             pairs = [pair for pair in _READS[norm] if pair[0] in names]
-            starts = [tuple(rows.adaln(block.index, p, [0])[1][0] for p in pair) for pair in pairs]
+            starts = [(rows.adaln(block.index, a, [0])[1][0], rows.adaln(block.index, b, [0])[1][0]) for a, b in pairs]
             linear = rows.adaln(block.index, pairs[0][0], [0])[0]
             found.append(_Reader(f"{block.fqn}.{norm}", linear, tuple(starts)))
     final = rows.family.final_norm.rsplit(".", 1)[0]
@@ -91,7 +91,12 @@ def measure(
             rows.transformer(**{**inputs, "return_dict": False})
     if not features:
         raise ConfigError("expected the arguments of at least one forward call to refit on, got none")
-    return lambda: [_refit(rows, reader, channels, torch.cat(features)) for reader in readers] and None
+
+    def finish() -> None:
+        for reader in readers:
+            _refit(rows, reader, channels, torch.cat(features))
+
+    return finish
 
 
 def _watch(reader: _Reader, channels: Sequence[int], planted: Callable, inputs: Mapping[str, Any]) -> Callable:
