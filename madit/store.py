@@ -302,10 +302,9 @@ def _source(path: str | Path) -> Any:
         return text
     if not Path(text).is_file():
         raise StoreError(f"expected a store, found none at {path}")
-    try:
-        return ZipStore(text, mode="r")
-    except (OSError, zipfile.BadZipFile) as error:
-        raise StoreError(f"expected a zip of a madit store, got {path}: {error}") from None
+    if not zipfile.is_zipfile(text):
+        raise StoreError(f"expected a zip of a madit store, got {path}: it is no zip file")
+    return ZipStore(text, mode="r")
 
 
 def _attributes(source: Any, path: str | Path) -> dict[str, Any]:
