@@ -17,6 +17,7 @@ from madit.dit import DiT, as_dit
 from madit.edits import Argument, Edit, Means
 from madit.errors import ConfigError, NothingEditedError, UnsupportedPipelineError
 from madit.passes import bound, prediction, replay, shadow_transformer, take_rows, with_prediction
+from madit.provenance import declared
 
 PIPELINES = (
     "StableDiffusion3Pipeline",
@@ -71,6 +72,7 @@ def guide(model: Any, config: GuidanceConfig, *, partial: bool = True, shortcut:
     dit = as_dit(model)
     _check(dit, config)
     with ExitStack() as stack:
+        stack.enter_context(declared(dit, "guide", [config.model_dump(), partial, shortcut]))
         tracker = stack.enter_context(calls.track(dit.pipeline, dit.family))
         guidance = _Guidance(dit, config, tracker, partial, shortcut)
         before: Any = dit.blocks[config.block - 1].module

@@ -18,6 +18,7 @@ from madit.dit import DiT, as_dit
 from madit.edits import MODES, Argument, Edit, Means, Mode, as_channels, as_tokens
 from madit.errors import ConfigError, ModelMismatchError, NothingEditedError, SiteError
 from madit.frozen import FrozenNorms
+from madit.provenance import declared
 
 CONTROLS = ("random", "norm_matched", "all_blocks")
 LAYERNORMS = ("live", "frozen")
@@ -114,6 +115,7 @@ def intervene(
     wanted = _step_filter(steps)
     touched: set[int] = set()
     with ExitStack() as stack:
+        stack.enter_context(declared(dit, "intervene", [edits, repr(steps), branch, stream, layernorm, reader]))
         tracker = stack.enter_context(calls.track(dit.pipeline, dit.family))
 
         def rows() -> dict[str, slice]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from madit.prompts import PromptSet
 if TYPE_CHECKING:
     from madit.dit import DiT
 
+_DECLARED = "_madit_edits"
 LIBRARIES = ("torch", "diffusers", "transformers", "nnsight", "zarr", "xarray", "numpy")
 
 
@@ -45,12 +48,25 @@ def about(dit: DiT, prompts: PromptSet, dtype: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def declared(dit: DiT, name: str, arguments: Any) -> Iterator[None]:
+    """Let recordings made inside know of an edit by its arguments, which its hooks do not tell."""
+    active = vars(dit.transformer).setdefault(_DECLARED, [])
+    text = f"{name} {json.dumps(plain(arguments))}"
+    active.append(text)
+    try:
+        yield
+    finally:
+        active.remove(text)
+
+
 def edits(dit: DiT) -> list[str]:
-    """Hooks on the transformer's modules, by place and kind: a run under an edit is not the run without it."""
-    found = []
+    """Declared edits, and hooks on the transformer's modules: a run under an edit is not the run without it."""
+    found = list(vars(dit.transformer).get(_DECLARED, ()))
     for name, module in dit.transformer.named_modules():
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            found += [f"{name}{kind}: {_describe(hook)}" for hook in getattr(module, kind).values()]
+            hooks = getattr(module, kind).values()
+            found += [f"{name}{kind}: {getattr(hook, '__qualname__', type(hook).__qualname__)}" for hook in hooks]
     return [edit for edit in found if not edit.endswith("CallTracker._before")]  # it only counts
 
 
@@ -62,6 +78,8 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, torch.Tensor):
         value = value.detach().float().cpu().numpy()
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
@@ -73,7 +91,3 @@ def plain(value: Any) -> Any:
 
 def _config(component: Any) -> dict[str, Any]:
     return {k: v for k, v in dict(component.config).items() if not k.startswith("_")}
-
-
-def _describe(hook: Any) -> str:
-    return str(getattr(hook, "madit_edit", None) or getattr(hook, "__qualname__", type(hook).__qualname__))

@@ -25,6 +25,7 @@ from madit.errors import (
     StoreExistsError,
     UnsupportedPipelineError,
 )
+from madit.intervention import intervene
 from madit.recording import estimate, record, select_sites
 from madit.sites import Site
 from madit.zoo import small
@@ -251,6 +252,23 @@ def test_an_edit_is_seen_downstream_and_makes_another_run(tmp_path: Path) -> Non
     with pytest.raises(StoreExistsError, match="edits"):
         go(pipeline, tmp_path / "clean.zarr")
     handle.remove()
+
+
+def test_a_run_inside_intervene_is_known_by_the_edits_arguments(tmp_path: Path) -> None:
+    pipeline = small_sd3()
+    means = {}
+    for factor in (0.0, 0.5):
+        with intervene(pipeline, {0: [3]}, blocks=[1], factor=factor):
+            path = tmp_path / f"{factor}.zarr"
+            means[factor] = go(pipeline, path)["statistics/img"]["mean"].sel(step=0, block=1).load()
+            go(pipeline, path)  # the same edit: opened as it is
+    assert float(abs(means[0.0] - means[0.5]).max()) > 0
+    with intervene(pipeline, {0: [3]}, blocks=[1], factor=0.5) as dit:
+        with pytest.raises(StoreExistsError, match="another `edits`"):
+            go(dit, tmp_path / "0.0.zarr")
+        dit.pipeline(["a"], num_inference_steps=1, **SHORT)
+    with pytest.raises(StoreExistsError, match="another `edits`"):
+        go(pipeline, tmp_path / "0.0.zarr")
 
 
 class Crash(Exception):  # noqa: N818
