@@ -233,7 +233,7 @@ def intervene(
 ) -> None:
     """Draw with and without an edit of massive channels.
 
-    Example: madit intervene --model shapes-detail --channels channels.json --blocks 2 --prompts "a red circle"
+    Example: madit intervene --model shapes-detail --channels channels.json --blocks 4 --prompts "a red circle"
     """
     from madit import intervention
     from madit.evaluation import compare

@@ -48,7 +48,7 @@ def export_guidance(
 ) -> None:
     """Write a Detail Guidance config (JSON), or a guider's folder for diffusers' modular pipelines.
 
-    Example: madit export guidance --channels channels.json --block 2 --scale 0.25 --out dg.json
+    Example: madit export guidance --channels channels.json --block 4 --scale 0.25 --out dg.json
     """
     from madit.configs import GuidanceConfig
 
