@@ -118,13 +118,18 @@ def guidances(
     """Detail Guidance at some scales; the same with random channels; and simply more classifier-free guidance."""
     for scale in scales:
         changed = config.replace(scale=scale)
-        yield Condition(f"DG, w = {scale:g}", lambda changed=changed: guide(dit, changed))
+        yield Condition(guided(scale), lambda changed=changed: guide(dit, changed))
     used = ChannelSet.of({config.block - 1: config.channels}, len(dit.blocks), dit.width)
     drawn = controls(used, "random", seed=seed)
     random = drawn.at(config.block - 1)  # type: ignore[union-attr]
     other = config.replace(channels=random, scale=scales[len(scales) // 2])
     yield Condition(f"DG, random channels, w = {other.scale:g}", lambda: guide(dit, other), control=True)
     yield Condition(f"CFG only, {more_cfg:g}", control=True, pipe_kwargs={"guidance_scale": more_cfg})
+
+
+def guided(scale: float) -> str:
+    """Name of the condition under Detail Guidance at scale w."""
+    return f"DG, w = {scale:g}"
 
 
 def tabulate(pictures: Mapping[str, np.ndarray], samples: Samples, classifiers: Any, seed: int = 0) -> xr.Dataset:
