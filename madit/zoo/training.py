@@ -239,7 +239,7 @@ def train_classifiers(out: Path, steps: int, seed: int, lr: float) -> None:
 
 
 def _commands() -> Iterator[tuple[str, Callable[..., None], int]]:
-    yield "shapes", train_shapes, 9000
+    yield "shapes", train_shapes, 6500
     yield "classifiers", train_classifiers, 1500
     from madit.zoo.detail import train_detail
 
