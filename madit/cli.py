@@ -172,8 +172,20 @@ def locate(
         top_k=top_k, stream=stream, branch=branch,
     )  # fmt: skip
     channels = location.locate(open_store(store), **chosen)
-    shown = ("block", "stream", "channel", "ratio", "ratio_low", "ratio_high", "coverage", "constancy", "persistence")
-    console.table("massive channels", shown, [[getattr(e, name) for name in shown] for e in channels.entries])
+    columns = ("block", "channel", "ratio", "95 %", "coverage", "constancy", "persistence")
+    rows = [
+        (
+            e.block,
+            e.channel,
+            e.ratio,
+            console.interval(e.ratio_low, e.ratio_high),
+            e.coverage,
+            e.constancy,
+            e.persistence,
+        )
+        for e in channels.entries
+    ]
+    console.table("massive channels", columns, rows)
     typer.echo(location.summary(channels))
     if out is not None:
         typer.echo(channels.save(console.ready(out)))

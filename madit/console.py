@@ -184,6 +184,15 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     Console().print(grid)
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """An interval in one cell.
+
+    >>> interval(160.6, 167.9)
+    '161-168'
+    """
+    return "-" if low is None or high is None else f"{low:.3g}-{high:.3g}"
+
+
 def _cell(value: Any) -> str:
     if value is None or value != value:  # NaN
         return "-"

@@ -143,7 +143,7 @@ def test_export_guidance_as_document_and_as_guider(in_workspace: Path) -> None:
     assert config == madit.GuidanceConfig.from_channels(channels, block=2, scale=0.5, factor=0.25)
     run(*common, "--out", "guider")
     guider = madit.DetailGuidance.from_pretrained("guider")
-    assert guider.config == madit.DetailGuidance.from_config(madit.GuidanceConfig.load("dg.json")).config
+    assert guider.guidance == madit.GuidanceConfig.load("dg.json")
 
 
 def test_evaluate_writes_what_the_function_gives(in_workspace: Path) -> None:
