@@ -48,7 +48,12 @@ def metric_table(table: xr.Dataset, controls: Sequence[str]) -> dict[str, Any]:
 def _cell(table: xr.Dataset, metric: str, condition: str, is_base: bool) -> dict[str, Any]:
     value, low, high, _ = figures.pick(table, metric)
     mean, bottom, top = (float(v.sel(condition=condition)) for v in (value, low, high))
-    cell = {"value": words.number(mean), "interval": f"{words.number(bottom)} to {words.number(top)}", "p": "", "bounds": ""}
+    cell = {
+        "value": words.number(mean),
+        "interval": f"{words.number(bottom)} to {words.number(top)}",
+        "p": "",
+        "bounds": "",
+    }
     change = None if is_base else words.difference(table, metric, condition)
     if change is None:
         return cell | {"change": "", "differs": False}
