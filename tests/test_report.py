@@ -210,3 +210,13 @@ def test_only_a_run_is_taken(tmp_path):
         report(factorial, out=tmp_path / "r.html")
     with pytest.raises(ConfigError, match="at least one ModelResults"):
         write_report(tmp_path / "r.html")
+
+
+def test_channels_asked_for_by_top_k_are_not_called_massive():
+    entries = [{"block": 1, "channel": 3, "ratio": 12.0, "persistence": 0.0}]
+    asked = ChannelSet(n_blocks=2, width=8, entries=entries, criterion={"ratio": 100.0, "top_k": 1})
+    passed = asked.replace(criterion={"ratio": 100.0, "top_k": None})
+    (line,) = words.channels_in_words(asked)
+    assert "Channel 3 is the largest, not tested for being massive" in line
+    assert "samples" not in line
+    assert words.channels_in_words(passed)[0].startswith("Channel 3 is massive")

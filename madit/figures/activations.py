@@ -57,7 +57,7 @@ def magnitude_heatmap(
     if blocks * steps <= 120:
         for (row, column), number in np.ndenumerate(value.values):
             dark = norm(number) < 0.6
-            text = f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+            text = f"{number:.1f}" if number < 10 else f"{number:.0f}"
             ax.text(column, row, text, ha="center", va="center", size=8, color="white" if dark else "black")
     ax.grid(visible=False)
     ax.set_yticks(*_thinned(np.arange(blocks), [str(int(b)) for b in value[BLOCK]], 20))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from madit import zoo
+from madit import figures, zoo
 from madit.attribution import attribute
 from madit.channels import ChannelSet
 from madit.configs import GuidanceConfig
@@ -126,7 +126,7 @@ def _study(name: str, out: Path, how: Samples, seed: int, say: Callable[[str], N
     found = _locate(tree, name)
     found.channels.save(out / "channels.json")
     say(f"  located: {_listed(found)}")
-    effects = _attribute(dit, out, how, found, seed)
+    effects = _attribute(dit, out, found, seed)
     effects.to_dataframe().dropna(subset="total").to_csv(out / "effects.csv")
     config = GuidanceConfig.from_channels(found.channels, block=found.block, scale=SCALES[0])
     chosen = [
@@ -149,6 +149,9 @@ def _study(name: str, out: Path, how: Samples, seed: int, say: Callable[[str], N
     controls = [c.name for c in chosen if c.control]
     real = np.rint(255 * how.real).astype(np.uint8)
     shown = {"real": real, **{k: v for k, v in pictures.items() if k not in controls}}
+    with figures.style():
+        figures.channel_profile(tree, found.channels).figure.savefig(out / "channels.png", dpi=110)
+        figures.image_grid(shown, how.prompts).savefig(out / "pictures.png", dpi=110)
     return ModelResults(
         name,
         notes=zoo.facts(name)["notes"],
@@ -199,8 +202,9 @@ def _middle(channels: ChannelSet) -> int:
     return min(entered, key=lambda b: abs(b - wanted))
 
 
-def _attribute(dit: DiT, out: Path, how: Samples, found: Found, seed: int) -> xr.Dataset:
-    tree = record_factorial(dit, list(how.prompts[-24:]), out / "factorial.zarr", seed=seed, batch_size=36)
+def _attribute(dit: DiT, out: Path, found: Found, seed: int) -> xr.Dataset:
+    texts = conditions.shapes_samples(24, seed + 1).prompts
+    tree = record_factorial(dit, list(texts), out / "factorial.zarr", seed=seed, batch_size=36)
     return attribute(tree, found.channels, seed=seed)
 
 

@@ -235,7 +235,11 @@ def _run_figures(gallery: _Gallery, model: ModelResults) -> list[dict[str, Any]]
     if tree is None or not _has_magnitudes(tree):
         return []
     ratio = float((channels.criterion if channels is not None else {}).get("ratio", figures.RATIO))
-    massive = channels is not None and len(channels) > 0
+    chosen = channels is not None and len(channels) > 0
+    massive = chosen and words.tested(channels)
+    named = "; those found are named in orange. " if massive else "; none was found here. "
+    if chosen and not massive:
+        named = "; none was tested for here, the largest are named in orange. "
     shown = [
         gallery.add(
             figures.magnitude_heatmap(tree, ratio=ratio),
@@ -246,9 +250,7 @@ def _run_figures(gallery: _Gallery, model: ModelResults) -> list[dict[str, Any]]
         gallery.add(
             figures.channel_profile(tree, channels, ratio=ratio),
             "Every channel of every block",
-            "A massive channel is a spike far above an even floor"
-            + ("; those found are named in orange. " if massive else "; none was found here. ")
-            + f"Dashed: a ratio of {ratio:g}.",
+            "A massive channel is a spike far above an even floor" + named + f"Dashed: a ratio of {ratio:g}.",
         ),
     ]
     places = _places(tree, channels)
@@ -329,7 +331,7 @@ def _attribution(gallery: _Gallery, effects: xr.Dataset) -> dict[str, Any]:
         return {"lines": lines, "figures": []}
     caption = "Bars: share of the variance of the token mean; lines: 95 % interval over latents and texts."
     drawn = figures.attribution_grid(effects, places[:6])
-    return {"lines": lines, "figures": [gallery.add(drawn, "What drives each massive channel", caption)]}
+    return {"lines": lines, "figures": [gallery.add(drawn, "What drives each channel", caption)]}
 
 
 def _provenance(models: Sequence[ModelResults], extra: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

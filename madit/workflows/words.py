@@ -83,10 +83,11 @@ def channels_in_words(channels: ChannelSet) -> list[str]:
     for entry in channels.entries:
         by_channel.setdefault((entry.stream, entry.channel), []).append(entry)
     ranked = sorted(by_channel.items(), key=lambda item: -max(e.ratio or 0 for e in item[1]))
-    lines = [_channel_in_words(channel, stream, entries) for (stream, channel), entries in ranked[:MOST]]
-    if len(ranked) > MOST:
-        lines.append(f"{len(ranked) - MOST} more channels are massive; the channel set lists them.")
     rules, evidence = channels.criterion, channels.evidence
+    verdict = "massive" if tested(channels) else "the largest, not tested for being massive,"
+    lines = [_channel_in_words(channel, stream, entries, verdict) for (stream, channel), entries in ranked[:MOST]]
+    if len(ranked) > MOST:
+        lines.append(f"{len(ranked) - MOST} more channels are {verdict.strip(',')}; the channel set lists them.")
     if not lines:
         lines.append(f"No channel is massive{_criterion(rules)}.{_largest(evidence)}")
     if rules.get("note"):
@@ -99,17 +100,22 @@ def channels_in_words(channels: ChannelSet) -> list[str]:
     return lines
 
 
-def _channel_in_words(channel: int, stream: str, entries: Sequence[ChannelEntry]) -> str:
+def tested(channels: ChannelSet) -> bool:
+    """Whether the set's channels passed the criterion; those that `top_k` asks for did not have to."""
+    return channels.criterion.get("top_k") is None
+
+
+def _channel_in_words(channel: int, stream: str, entries: Sequence[ChannelEntry], verdict: str) -> str:
     top = max(entries, key=lambda e: e.ratio or 0)
-    text = f"Channel {channel} is massive at the output of {_blocks(entries)}"
+    text = f"Channel {channel} is {verdict} at the output of {_blocks(entries)}"
     text += "" if stream == "img" else f" of the {stream} stream"
     if top.ratio is not None:
         text += f": {number(top.ratio)} times the median activation at block {top.block}"
         if top.ratio_low is not None and top.ratio_high is not None:
             text += f" ({interval(top.ratio_low, top.ratio_high)})"
-    if top.persistence is not None:
+    if top.persistence is not None and verdict == "massive":
         text += f", in {100 * top.persistence:.0f} % of the samples"
-    if top.sigma_min is not None and top.sigma_max is not None:
+    if top.sigma_min is not None and top.sigma_max is not None and verdict == "massive":
         text += f", for σ from {top.sigma_max:.2f} down to {top.sigma_min:.2f}"
     if top.constancy is not None:
         text += f"; over tokens its mean is {number(top.constancy)} times its deviation"

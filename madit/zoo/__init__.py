@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +36,34 @@ def along_training(name: str = "shapes") -> Any:
 
 def load_pipeline(model: str, **kwargs: Any) -> Any:
     """Load an embedded model by name, or anything `DiffusionPipeline.from_pretrained` takes."""
-    import diffusers
     from diffusers import DiffusionPipeline
 
     from madit.zoo import components  # noqa: F401  (diffusers loads classes only from modules already imported)
 
     if model not in _FOLDERS or Path(model).is_dir():
         return DiffusionPipeline.from_pretrained(model, **kwargs)
-    level = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()  # it would say that a PixelCodec is not an AutoencoderKL
+    with _quietly():
+        return DiffusionPipeline.from_pretrained(path(model), **kwargs)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars, and without being told that a `PixelCodec` is not an `AutoencoderKL`."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    loggers = (of_diffusers, of_transformers)
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in loggers]
+    for log in loggers:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path(model), **kwargs)
+        yield
     finally:
-        diffusers.logging.set_verbosity(level)
-    return pipeline
+        for log, level, bar in before:
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()
 
 
 def __getattr__(name: str) -> Any:
