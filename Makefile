@@ -36,9 +36,9 @@ bench: $(READY)  ## time recording and guidance on the small pipelines and print
 	$(BIN)/python -m pytest tests/bench -s
 
 train: $(READY)  ## train the embedded models again into runs/ (hours on 2 cores; resumable)
-	$(BIN)/python -m madit.zoo.training shapes --out runs/shapes
-	$(BIN)/python -m madit.zoo.training classifiers --out runs/classifiers --lr 2e-3
-	$(BIN)/python -m madit.zoo.training detail --out runs/detail --base runs/shapes/snapshots/003000.pt --lr 5e-4
+	$(BIN)/python -m madit.zoo.train shapes --out runs/shapes
+	$(BIN)/python -m madit.zoo.train classifiers --out runs/classifiers
+	$(BIN)/python -m madit.zoo.train detail --out runs/detail --base runs/shapes/snapshots/003000.pt
 
 clean:  ## remove the virtual environment and everything that was made
 	rm -rf .venv out dist .pytest_cache .ruff_cache

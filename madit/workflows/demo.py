@@ -150,7 +150,7 @@ def _study(name: str, out: Path, how: Samples, seed: int, say: Callable[[str], N
     real = np.rint(255 * how.real).astype(np.uint8)
     shown = {"real": real, **{k: v for k, v in pictures.items() if k not in controls}}
     with figures.style():
-        figures.channel_profile(tree, found.channels).figure.savefig(out / "channels.png", dpi=110)
+        figures.channel_profile(tree, found.channels).savefig(out / "channels.png", dpi=110)
         figures.image_grid(shown, how.prompts).savefig(out / "pictures.png", dpi=110)
     return ModelResults(
         name,

@@ -1,4 +1,4 @@
-"""Train the embedded models: `python -m madit.zoo.training shapes --out RUN` (and `classifiers`, `detail`).
+"""How the embedded models are trained; `python -m madit.zoo.train` runs it.
 
 Everything is a function of the seed and the step number, so a run that is killed goes on from its last checkpoint as
 if nothing had happened. A run folder holds `state.pt` (to resume), `log.jsonl` (loss and time), `snapshots/` (EMA
@@ -7,11 +7,10 @@ weights at chosen steps) and, at the end, `pipeline/`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -236,33 +235,3 @@ def train_classifiers(out: Path, steps: int, seed: int, lr: float) -> None:
         assert isinstance(ema, classifiers.ShapesClassifier)
         (out / name / "accuracy.json").write_text(json.dumps(classifiers.accuracy(ema.eval())))
         ema.half().save_pretrained(out / name / "model")
-
-
-def _commands() -> Iterator[tuple[str, Callable[..., None], int]]:
-    yield "shapes", train_shapes, 6500
-    yield "classifiers", train_classifiers, 1500
-    from madit.zoo.detail import train_detail
-
-    yield "detail", train_detail, 2000
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = {name: (run, steps) for name, run, steps in _commands()}
-    parser.add_argument("what", choices=commands)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--base", type=Path, help="detail: snapshot of shapes to start from")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    run, steps = commands[args.what]
-    extra = {"base": args.base} if args.what == "detail" else {}
-    run(args.out, args.steps or steps, args.seed, args.lr, **extra)
-
-
-if __name__ == "__main__":
-    main()
