@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## the whole flow on the embedded models, with an HTML report in out/demo (about ten minutes on 2 cores)
+demo: $(READY)  ## the whole flow on the embedded models, with an HTML report in out/demo (five to ten minutes on 2 cores)
 	$(BIN)/madit demo --out $(OUT)/demo
 
 test: $(READY)  ## all tests

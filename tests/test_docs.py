@@ -90,7 +90,8 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec(compile(first, "README.md", "exec"), names)
     assert len(names["channels"]) > 0
-    assert names["metrics"].attrs["n"] == 1
+    assert names["metrics"].attrs["n"] == 2
+    assert names["metrics"].high_band_power < 0.5 * madit.evaluate(names["guided"]).high_band_power
     assert len(others) == 2
     for block in others:
         compile(block, "README.md", "exec")

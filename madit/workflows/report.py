@@ -235,10 +235,9 @@ def _run_figures(gallery: _Gallery, model: ModelResults) -> list[dict[str, Any]]
     if tree is None or not _has_magnitudes(tree):
         return []
     ratio = float((channels.criterion if channels is not None else {}).get("ratio", figures.RATIO))
-    chosen = channels is not None and len(channels) > 0
-    massive = chosen and words.tested(channels)
+    massive = channels is not None and len(channels) > 0 and words.tested(channels)
     named = "; those found are named in orange. " if massive else "; none was found here. "
-    if chosen and not massive:
+    if channels is not None and len(channels) > 0 and not massive:
         named = "; none was tested for here, the largest are named in orange. "
     shown = [
         gallery.add(
