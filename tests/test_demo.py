@@ -71,5 +71,8 @@ def test_demo_writes_what_it_says(tmp_path):
     assert (config.block, list(config.channels)) == (facts["block"], facts["channels"])
     assert "minutes" in "".join(said[:3])
     assert "Constructed positive control" in page.read_text()
+    rows = (folder / "metrics.md").read_text().splitlines()
+    assert len(rows) == 2 + 11
+    assert rows[3].startswith("| set to zero |")
     with np.load(folder / "pictures.npz") as pictures:
         assert pictures["baseline"].shape == (4, 32, 32, 3)

@@ -23,10 +23,13 @@ from madit.recording import record, record_factorial
 from madit.workflows import conditions
 from madit.workflows.conditions import BASELINE, Condition, Samples
 from madit.workflows.report import ModelResults, write_report
+from madit.workflows.tables import markdown
 
 MODELS = ("shapes-detail", "shapes")
 SCALES = (0.1, 0.25, 0.5)
 MORE_CFG = 1.5
+_HEADLINE = ("accuracy:texture", "accuracy:semantics", "high_band_power", "detail_distance", "excess_noise",
+             "layout_correlation")  # fmt: skip
 _RECORDED = 12  # samples whose statistics are recorded; the first is recorded raw as well
 
 
@@ -147,6 +150,7 @@ def _study(name: str, out: Path, how: Samples, seed: int, say: Callable[[str], N
     config.replace(scale=best).save(out / "dg.json")
     say(f"  exported {out / 'dg.json'}: channels {list(config.channels)} entering block {config.block}, scale {best:g}")
     controls = [c.name for c in chosen if c.control]
+    (out / "metrics.md").write_text(markdown(table, controls, _HEADLINE), encoding="utf-8")
     real = np.rint(255 * how.real).astype(np.uint8)
     shown = {"real": real, **{k: v for k, v in pictures.items() if k not in controls}}
     with figures.style():

@@ -45,6 +45,25 @@ def metric_table(table: xr.Dataset, controls: Sequence[str]) -> dict[str, Any]:
     return {"caption": caption, "parts": parts}
 
 
+def markdown(table: xr.Dataset, controls: Sequence[str], metrics: Sequence[str]) -> str:
+    """What `compare` returned as a Markdown table: mean (95 % interval), and * where it differs from the baseline.
+
+    Args:
+        table: over `condition`.
+        controls: conditions that are controls; they stand in italics.
+        metrics: names of `METRICS`; one factor of the accuracies as `accuracy:texture`.
+    """
+    base = table.attrs.get("baseline", "")
+    heads = [words.short(metric) for metric in metrics]
+    lines = ["| condition | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for condition in [str(c) for c in table["condition"].values]:
+        cells = [_cell(table, metric, condition, condition == base) for metric in metrics]
+        texts = [f"{c['value']}{'*' if c.get('differs') else ''} ({c['interval']})" for c in cells]
+        name = f"*{condition}*" if condition in controls else condition
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _cell(table: xr.Dataset, metric: str, condition: str, is_base: bool) -> dict[str, Any]:
     value, low, high, _ = figures.pick(table, metric)
     mean, bottom, top = (float(v.sel(condition=condition)) for v in (value, low, high))
