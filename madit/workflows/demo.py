@@ -85,7 +85,7 @@ def demo(
         title="madit demo: massive activations, what drives them, and what they are worth",
         summary=_SUMMARY,
         provenance={"samples": samples, "seed": seed, "steps": how.steps, "guidance_scale": how.guidance_scale},
-        command=f"madit demo --out {out.name}",
+        command=f"madit demo --samples {samples} --seed {seed} --out {out}",
     )
     say(f"\nReport: {page} ({_megabytes(out):.0f} MB in {out}, {time.monotonic() - begun:.0f} s)")
     return page
