@@ -38,12 +38,13 @@ def common_settings(dit: DiT, prompts: PromptSet) -> dict[str, Any]:
 
 
 def about(dit: DiT, prompts: PromptSet, dtype: str) -> dict[str, Any]:
-    """Root attributes of a store: model, library versions, prompt set, dtype of the residual stream, time."""
+    """Root attributes of a store: model, library versions, prompt set, dtype of the residual stream, depth, time."""
     return {
         "model": dit.fingerprint.model_dump_json(),
         "libraries": json.dumps({name: version(name) for name in LIBRARIES}),
         "prompt_set": json.dumps({"name": prompts.name, "sha256": prompts.sha256, "n": len(prompts)}),
         "dtype": dtype,
+        "n_blocks": len(dit.blocks),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -52,6 +52,7 @@ def test_the_control_loses_texture_and_keeps_its_controls(control):
     )
     pictures = {c.name: conditions.generate(control, samples, c) for c in (Condition(BASELINE), zero, frozen)}
     table = conditions.tabulate(pictures, samples, load_classifiers())
+    assert table.layout_ssim.attrs["long_name"] == "layout: SSIM with the baseline"
     texture = table.accuracy.sel(factor="texture")
     assert texture.sel(condition=BASELINE) - texture.sel(condition="zero") > 0.4
     assert abs(texture.sel(condition=BASELINE) - texture.sel(condition="frozen")) < 0.2

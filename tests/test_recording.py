@@ -26,6 +26,7 @@ from madit.errors import (
     UnsupportedPipelineError,
 )
 from madit.intervention import intervene
+from madit.location import locate
 from madit.recording import estimate, record, select_sites
 from madit.sites import Site
 from madit.zoo import small
@@ -201,6 +202,16 @@ def test_root_attributes_say_what_was_run(tmp_path: Path) -> None:
     assert json.loads(attrs["model"]) == DiT(pipeline).fingerprint.model_dump()
     assert json.loads(attrs["settings"])["num_inference_steps"] == 3
     assert set(json.loads(attrs["libraries"])) >= {"torch", "diffusers", "nnsight"}
+
+
+def test_channels_of_a_run_over_some_blocks_fit_the_whole_model(tmp_path: Path) -> None:
+    pipeline = small_sd3()
+    tree = go(pipeline, tmp_path / "run.zarr", sites=["blocks.1.img.resid_post"])
+    depth = len(pipeline.transformer.transformer_blocks)
+    assert tree.attrs["n_blocks"] == depth > 2
+    found = locate(tree, top_k=1)
+    assert found.n_blocks == depth
+    assert found.blocks() == (1,)
 
 
 def test_results_do_not_depend_on_batching(tmp_path: Path) -> None:

@@ -141,5 +141,7 @@ def tabulate(pictures: Mapping[str, np.ndarray], samples: Samples, classifiers: 
     real = np.rint(255 * samples.real).astype(np.uint8)
     table = compare(pictures, real, classifiers, samples.labels, baseline=BASELINE, seed=seed, paired=False)
     paired = compare(pictures, pictures[BASELINE], baseline=BASELINE, seed=seed, paired=True)
-    layout = [name for name in paired.data_vars if str(name).startswith("layout")]
-    return table.merge(paired[layout])
+    layout = paired[[name for name in paired.data_vars if str(name).startswith("layout")]]
+    for values in layout.data_vars.values():
+        values.attrs["long_name"] = str(values.attrs.get("long_name", "")).replace("the reference", "the baseline")
+    return table.merge(layout)

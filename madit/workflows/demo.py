@@ -96,7 +96,8 @@ _SUMMARY = (
     "every image token, attribute their value to the model's inputs, set them to zero at one block with controls, and "
     "use them for Detail Guidance.",
     "Detail is judged on both sides: the distance of the high-band power from that of real pictures. Texture accuracy "
-    "is read by a classifier, as is semantics (shape, colour, size and position, all right at once).",
+    "is read by a classifier, as is semantics (shape, colour, size and position, all right at once). Layout is that "
+    "of the baseline.",
 )
 
 
